@@ -1,0 +1,179 @@
+"""Model folders: a whole text-to-image model on disk, in the layout of diffusers.
+
+    model_index.json                    version, stages, encoders, sampling defaults
+    base64/config.json                  the stage: network, noise, encoders' widths
+    base64/diffusion_pytorch_model.safetensors
+    t5/ clip/                           the encoders, unless they are public weights, which model_index.json names
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from t2i_experts import __version__
+from t2i_experts.cascade.stage import Stage, build_network
+from t2i_experts.conditioning.conditioner import TextConditioner
+from t2i_experts.config import EncoderConfig, SamplingConfig, StageConfig, from_plain, to_plain
+from t2i_experts.diffusion.precond import EDMPrecond
+
+INDEX = "model_index.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model folder in memory. fingerprint: 16 hex digits of the weights of all its stages."""
+
+    stages: Mapping[str, Stage]
+    conditioner: TextConditioner
+    fingerprint: str
+    source: str
+
+
+def embedded_model() -> Path:
+    """The folder of the model that ships with this package."""
+    return Path(str(resources.files("t2i_experts"))) / "pretrained"
+
+
+def find_model(model: str | Path | None) -> Path:
+    """The local folder of a model: None is the embedded one, a folder is itself, anything else a hub id (downloaded once).
+
+    Raises ValueError that says what was looked for.
+    """
+    if model is None:
+        return embedded_model()
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / INDEX).is_file():
+            inside = folder / "model" / INDEX
+            hint = f"; did you mean {inside.parent}?" if inside.is_file() else ""
+            raise ValueError(f"model={str(model)!r}: the folder holds no {INDEX}{hint}")
+        return folder
+    if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        raise ValueError(f"model={str(model)!r}: no such folder, and not a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(model)))
+    except Exception as error:
+        raise ValueError(f"model={str(model)!r}: no such folder, and the hub did not give it: {error}") from error
+
+
+def save_model(
+    folder: Path,
+    stage: StageConfig,
+    sampling: SamplingConfig,
+    weights: Mapping[str, Tensor],
+    conditioner: TextConditioner,
+    *,
+    dtype: torch.dtype | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a model folder of one stage, replacing `folder` in one move once all of it is on disk.
+
+    weights: the state of the stage's `EDMPrecond`; floating-point tensors are cast to `dtype` if one is given.
+    provenance: free facts about the training, kept in model_index.json.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    stage_folder = temporary / stage.name
+    stage_folder.mkdir(parents=True)
+    encoders = conditioner.save(temporary)
+    tensors = {name: (t.to(dtype) if dtype and t.is_floating_point() else t).detach().cpu().contiguous() for name, t in weights.items()}
+    save_file(tensors, stage_folder / WEIGHTS, metadata={"format": "pt", "stage": stage.name})
+    _write_json(stage_folder / "config.json", {"_class_name": "UNet", **to_plain(replace(stage, encoders=encoders))})
+    _write_json(
+        temporary / INDEX,
+        {
+            "_class_name": "CascadePipeline",
+            "t2i_experts_version": __version__,
+            "stages": [stage.name],
+            "sampling": {stage.name: to_plain(sampling)},
+            "provenance": dict(provenance or {}),
+        },
+    )
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_model(model: str | Path | None, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Reads a model folder (see `find_model`) onto `device`, its networks in `dtype`; the encoders keep the dtype of their config.
+
+    Raises ValueError naming the file and the field for a folder that is not whole.
+    """
+    folder = find_model(model)
+    index = _read_json(folder / INDEX)
+    digest = hashlib.sha256()
+    stages: dict[str, Stage] = {}
+    encoders: dict[str, EncoderConfig] = {}
+    for name in index.get("stages", []):
+        tree = _read_json(folder / name / "config.json")
+        tree.pop("_class_name", None)
+        config: StageConfig = from_plain(StageConfig, tree)
+        sampling: SamplingConfig = from_plain(SamplingConfig, index["sampling"][name])
+        path = folder / name / WEIGHTS
+        stages[name] = Stage(config, load_denoiser(path, config, device=device, dtype=dtype), sampling)
+        digest.update(_digest(path))
+        encoders = dict(config.encoders)
+    if not stages:
+        raise ValueError(f"{folder / INDEX}: stages is empty")
+    conditioner = TextConditioner.from_config(encoders, root=folder, device=device)
+    return LoadedModel(stages, conditioner, digest.hexdigest()[:16], "embedded" if model is None else str(model))
+
+
+def load_denoiser(path: Path, config: StageConfig, *, device: torch.device | str, dtype: torch.dtype = torch.float32) -> EDMPrecond:
+    """The stage's network with the weights of a safetensors file, for sampling. Raises ValueError if they do not fit the config."""
+    if not path.is_file():
+        raise ValueError(f"weights not found: {path}")
+    with torch.device("meta"):
+        denoiser = build_network(config)
+    denoiser = denoiser.to_empty(device=device)
+    weights = load_file(path, device=str(device))
+    try:
+        denoiser.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit its config.json: {error}") from error
+    return denoiser.to(dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def _digest(path: Path) -> bytes:
+    """sha256 over a safetensors file's tensors (names, types, shapes and bytes), whatever its metadata."""
+    digest = hashlib.sha256()
+    with safe_open(path, framework="pt") as file:
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name)
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"not a whole model folder: {path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return tree

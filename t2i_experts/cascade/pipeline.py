@@ -1,0 +1,110 @@
+"""From a prompt to pictures: the Python door, `CascadePipeline.from_pretrained(folder)(prompt, seed=...)`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from t2i_experts.cascade.model_folder import LoadedModel, load_model
+from t2i_experts.cascade.picture import to_uint8
+from t2i_experts.cascade.stage import Progress, Stage
+from t2i_experts.config import SamplingConfig
+from t2i_experts.types import Conditioning
+
+
+def default_device() -> torch.device:
+    """The first of CUDA, MPS and CPU that this machine has."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def start_noise(seed: int, index: int, shape: tuple[int, int, int]) -> Tensor:
+    """The unit Gaussian noise that image `index` of `seed` starts from, `shape` float32.
+
+    Drawn on the CPU from (seed, index) alone, so that an image does not depend on its batch, the device or the number of GPUs.
+    (numpy's generator, since torch's on the CPU reads only 32 bits of its seed.) Raises ValueError for a negative seed or index.
+    """
+    for name, value in (("seed", seed), ("index", index)):
+        if value < 0:
+            raise ValueError(f"{name}={value} must not be negative")
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, index))))
+    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+
+
+class CascadePipeline:
+    """A loaded model folder that makes pictures."""
+
+    def __init__(self, model: LoadedModel, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path | None = None, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> CascadePipeline:
+        """Loads a model folder or hub id; None is the model embedded in this package, which needs no network.
+
+        device: None takes the best there is. dtype: of the networks; None is bfloat16 on CUDA and float32 elsewhere.
+        Raises ValueError for a model that cannot be found or is not whole, and for a device that this machine lacks.
+        """
+        try:
+            device = default_device() if device is None else torch.device(device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device={str(device)!r} is not to be had here: {str(error).splitlines()[0]}") from error
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        return cls(load_model(model, device=device, dtype=dtype), device)
+
+    @property
+    def base(self) -> Stage:
+        """The first stage, which makes pictures from noise."""
+        return next(iter(self.model.stages.values()))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Sides in pixels of the pictures that this model can make."""
+        return [stage.config.size for stage in self.model.stages.values()]
+
+    def settings(self, **changes: object) -> SamplingConfig:
+        """The model's own sampling settings with the given fields changed; None leaves a field as it is."""
+        return replace(self.base.sampling, **{name: value for name, value in changes.items() if value is not None})
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative: str = "",
+        style: Tensor | None = None,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        sampling: SamplingConfig | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """One picture for each prompt, (B, 3, H, W) uint8 on the CPU.
+
+        prompt: one or several; an empty one gives a picture of the model's own choice. negative: what to steer away from.
+        style: (1, 3, H, W) float in [-1, 1], a reference picture for the CLIP image encoder. seed, indices: picture i starts from the
+        noise of (seed, indices[i]), by default 0, 1, 2... sampling: see `settings`.
+        Raises ValueError for numbers that do not fit each other and settings that are out of range.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        indices = range(len(prompts)) if indices is None else indices
+        if len(indices) != len(prompts) or not prompts:
+            raise ValueError(f"{len(prompts)} prompts and {len(indices)} indices; there must be one of each for every picture")
+        stage = self.base
+        noise = torch.stack([start_noise(seed, index, stage.noise_shape) for index in indices]).to(self.device)
+        images = None if style is None else style.to(self.device).expand(len(prompts), -1, -1, -1)
+        conditioning = self.model.conditioner(prompts, images)
+        images = stage.sample(noise, conditioning, self._null(negative), sampling or stage.sampling, progress)
+        return to_uint8(images)
+
+    def _null(self, negative: str) -> Conditioning:
+        """One row for the null branch: nothing, or the negative prompt in the text encoders."""
+        return self.model.conditioner([negative]) if negative.strip() else self.model.conditioner.null()

@@ -1,0 +1,75 @@
+"""One stage of the cascade: a denoiser with the noise, the null conditioning and the sampling settings that belong to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from t2i_experts.config import SamplingConfig, StageConfig
+from t2i_experts.diffusion.guidance import ClassifierFreeGuidance
+from t2i_experts.diffusion.precond import EDMPrecond
+from t2i_experts.diffusion.samplers import karras_sigmas
+from t2i_experts.diffusion.thresholding import DynamicThresholding
+from t2i_experts.nn.unet import UNet
+from t2i_experts.registry import registry
+from t2i_experts.types import Conditioning, Denoiser
+
+Progress = Callable[[int, int, Tensor], None]
+"""Called after each step with (steps done, steps in all, the denoised images of that step)."""
+
+
+def build_network(config: StageConfig) -> EDMPrecond:
+    """The stage's network, preconditioned, with fresh weights on torch's default device, in channels-last memory."""
+    network = config.network
+    unet = UNet(
+        network.resolutions,
+        {name: (encoder.width, encoder.pooled_width) for name, encoder in config.encoders.items()},
+        image_channels=network.image_channels,
+        embedding_channels=network.embedding_channels,
+        context_channels=network.context_channels,
+        head_channels=network.head_channels,
+        dropout=network.dropout,
+    )
+    return EDMPrecond(unet, config.noise.sigma_data).to(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A denoiser that makes pictures of one size.
+
+    config: what it was trained as. denoiser: its weights. sampling: its default settings.
+    """
+
+    config: StageConfig
+    denoiser: Denoiser
+    sampling: SamplingConfig
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the noise that sampling starts from."""
+        return (self.config.network.image_channels, self.config.size, self.config.size)
+
+    @torch.no_grad()
+    def sample(
+        self, noise: Tensor, conditioning: Conditioning, null: Conditioning, sampling: SamplingConfig, progress: Progress | None = None
+    ) -> Tensor:
+        """Solves the probability-flow ODE from sigma_max to 0.
+
+        noise: (B, C, H, W) unit Gaussian, on the device to compute on. conditioning: B rows. null: one row, for guidance.
+        Returns (B, C, H, W) float32, clamped to [-1, 1]. Raises ValueError for settings that are out of range.
+        """
+        sigmas = karras_sigmas(sampling.steps, sampling.sigma_min, sampling.sigma_max, sampling.rho)
+        sampler = registry.get("sampler", sampling.sampler)
+        guided = ClassifierFreeGuidance(self.denoiser, null, sampling.guidance, sampling.guidance_interval)
+        prepared = guided.prepare(conditioning)
+        denoiser: Denoiser = DynamicThresholding(guided, sampling.threshold) if sampling.threshold else guided
+
+        def callback(step: int, sigma: Tensor, denoised: Tensor) -> None:
+            if progress is not None:
+                progress(step + 1, sampling.steps, denoised)
+
+        x = noise.float().contiguous(memory_format=torch.channels_last) * float(sigmas[0])
+        return sampler(denoiser, x, sigmas, prepared, callback=callback).clamp(-1, 1)

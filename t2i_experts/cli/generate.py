@@ -1,0 +1,148 @@
+"""`t2i-experts generate PROMPT`."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from t2i_experts.cascade.pipeline import CascadePipeline
+    from t2i_experts.config import SamplingConfig
+
+DTYPES = ("float32", "bfloat16")
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to draw. Empty: the model's own choice.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file with a prompt on each line, instead of PROMPT.")] = None,
+    out: Annotated[Path, typer.Option(help="A .png file for one picture, or a folder.")] = Path("pictures"),
+    num: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="The same seed, prompt and settings give the same picture.")] = 0,
+    negative: Annotated[str, typer.Option(help="What to steer away from.")] = "",
+    style: Annotated[Path | None, typer.Option(help="A reference picture whose style is taken over.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model folder or hub id; default: the embedded model.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the picture in pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="euler, heun or dpmpp_2m.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Percentile of dynamic thresholding, such as 0.995; 0 is none.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures that are computed together.")] = 8,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: bfloat16 on CUDA.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Make pictures from a prompt."""
+    texts = read_prompts(prompt, prompts)
+    for name, value in (("num", num), ("batch-size", batch_size)):
+        if value < 1:
+            raise ValueError(f"--{name}={value} must be at least 1")
+    if seed < 0:
+        raise ValueError(f"--seed={seed} must not be negative")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
+    jobs = [(text, copy) for text in texts for copy in range(num)]
+    paths = picture_paths([text for text, _ in jobs], out, seed)
+
+    import torch
+
+    from t2i_experts.cascade.picture import read_image, save_png, to_pil
+    from t2i_experts.cascade.pipeline import CascadePipeline
+
+    started = time.monotonic()
+    reference = None if style is None else read_image(style)
+    pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
+    if size is not None and size not in pipeline.sizes:
+        raise ValueError(f"--size={size}; this model makes {', '.join(map(str, pipeline.sizes))} px")
+    settings = pipeline.settings(steps=steps, guidance=guidance, sampler=sampler, threshold=threshold)
+    warn_of_truncation(pipeline, texts)
+    bar = _progress_bar(len(jobs) * settings.steps, disable=as_json)
+    pictures: list[dict[str, Any]] = []
+    for start in range(0, len(jobs), batch_size):
+        batch = range(start, min(start + batch_size, len(jobs)))
+        images = pipeline(
+            [jobs[i][0] for i in batch],
+            negative=negative,
+            style=reference,
+            seed=seed,
+            indices=batch,
+            sampling=settings,
+            progress=lambda done, steps, denoised, images=len(batch): bar.update(images),
+        )
+        for i, image in zip(batch, images, strict=True):
+            facts = {"prompt": jobs[i][0], "negative": negative, "seed": seed, "index": i, "style": style and str(style)}
+            save_png(to_pil(image), paths[i], {**facts, **_settings(pipeline, settings)})
+            pictures.append({"path": str(paths[i]), **facts})
+    bar.close()
+    if as_json:
+        seconds = round(time.monotonic() - started, 3)
+        print(json.dumps({"pictures": pictures, "seconds": seconds, **_settings(pipeline, settings)}, ensure_ascii=False))
+    else:
+        for picture in pictures:
+            print(picture["path"])
+
+
+def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
+    """The prompts of the command line: PROMPT, or the lines of a UTF-8 file (blank lines are skipped). Raises ValueError."""
+    if (prompt is None) == (file is None):
+        raise ValueError("give either PROMPT or --prompts FILE")
+    if file is None:
+        assert prompt is not None
+        return [prompt]
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts={file}: cannot be read as UTF-8 text: {error}") from error
+    if not any(lines):
+        raise ValueError(f"--prompts={file} holds no prompt")
+    return [line for line in lines if line]
+
+
+def picture_paths(texts: list[str], out: Path, seed: int) -> list[Path]:
+    """Where each picture goes: `out` itself if it is a .png, else OUT/NUMBER-WORDS-SEED.png. Raises ValueError if they cannot go there."""
+    if out.suffix.lower() == ".png":
+        if len(texts) > 1:
+            raise ValueError(f"--out={out} is one file for {len(texts)} pictures; give a folder")
+        if out.is_dir():
+            raise ValueError(f"--out={out} is a folder; its name must not end in .png")
+        return [out]
+    if out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif"):
+        raise ValueError(f"--out={out}: pictures are PNG files; give a name that ends in .png, or a folder")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out={out} is a file; give a .png file or a folder")
+    digits = len(str(len(texts) - 1))
+    number = [f"{i:0{digits}d}-" if len(texts) > 1 else "" for i in range(len(texts))]
+    return [out / f"{number[i]}{slug(text)}-{seed}.png" for i, text in enumerate(texts)]
+
+
+def slug(text: str, length: int = 48) -> str:
+    """A prompt as part of a file name: its letters and digits, joined by hyphens."""
+    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:length].strip("-") or "picture"
+
+
+def warn_of_truncation(pipeline: CascadePipeline, texts: list[str]) -> None:
+    """Says on stderr which prompts are longer than an encoder reads, and from which words on."""
+    for name, tokens in pipeline.model.conditioner.tokenizer(texts).items():
+        for text, cut in zip(texts, tokens.truncated, strict=True):
+            if cut is not None:
+                print(f"warning: {name} reads the prompt only up to character {cut}: ...{text[max(0, cut - 40) : cut]!r}", file=sys.stderr)
+
+
+def _settings(pipeline: CascadePipeline, settings: SamplingConfig) -> dict[str, Any]:
+    """What, beside prompt and seed, decides a picture."""
+    from t2i_experts import __version__
+    from t2i_experts.config import to_plain
+
+    model = {"source": pipeline.model.source, "fingerprint": pipeline.model.fingerprint}
+    return {"sampling": to_plain(settings), "model": model, "t2i_experts": __version__}
+
+
+def _progress_bar(total: int, *, disable: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="step", file=sys.stderr, disable=disable, dynamic_ncols=True, leave=False)

@@ -1,0 +1,35 @@
+"""`t2i-experts train CONFIG [key=value ...]`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file; see configs/README.md.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Train one stage, or go on where it stopped: run the same command again.
+
+    On several GPUs or hosts: accelerate launch -m t2i_experts train CONFIG.
+    """
+    from t2i_experts.config import load_config
+
+    resolved = load_config(config, overrides or [])
+
+    from t2i_experts.training.trainer import Trainer
+
+    trainer = Trainer(resolved, progress=not quiet)
+    main = trainer.accelerator.is_main_process
+    if main and trainer.resumed_from:
+        print(f"going on from {trainer.resumed_from[0]}", file=sys.stderr)
+    model = trainer.run()
+    if main:
+        seen, total = trainer.state.images_seen, resolved.training.images
+        state = "finished" if seen >= total else f"stopped at {seen} of {total} images; the same command goes on"
+        print(f"{state}; model: {model}", file=sys.stderr)
+        print(f't2i-experts generate "..." --model {model}', file=sys.stderr)

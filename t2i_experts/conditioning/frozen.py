@@ -1,0 +1,80 @@
+"""What all frozen encoders share: where their files lie, how they are frozen, and a fingerprint of their weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+EMBEDDED = "embedded:"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def local_folder(model: str, root: Path | None) -> Path | None:
+    """The folder that an `EncoderConfig.model` names, or None if it names something public (a hub id, an architecture).
+
+    `embedded:NAME` ships with this package; any other name is tried as a folder relative to `root`, then to the working directory.
+    Raises ValueError for an embedded name that does not exist, and for what can only be a path but is no folder.
+    """
+    if model.startswith(EMBEDDED):
+        shelf = Path(str(resources.files("t2i_experts"))) / "pretrained"
+        folders = {path.name: path for path in shelf.iterdir() if path.is_dir()} if shelf.is_dir() else {}
+        name = model.removeprefix(EMBEDDED)
+        if name not in folders:
+            raise ValueError(f"encoder model {model!r} does not ship with this package; allowed: {', '.join(sorted(folders)) or 'none'}")
+        return folders[name]
+    path = Path(model).expanduser()
+    for folder in (path,) if root is None else (root / path, path):
+        if folder.is_dir():
+            return folder.resolve()
+    if path.is_absolute() or model.startswith((".", "~")):
+        raise ValueError(f"encoder model {model!r} is not a folder")
+    return None
+
+
+def dtype_named(name: str, model: str) -> torch.dtype:
+    """float32 or bfloat16. Raises ValueError for anything else: in float16 the residual stream of T5 overflows to NaN."""
+    if name not in DTYPES:
+        raise ValueError(f"encoder model {model!r}: dtype {name!r} is not one of {', '.join(DTYPES)}; float16 overflows in T5")
+    return DTYPES[name]
+
+
+def freeze(model: Module, device: torch.device | str, dtype: torch.dtype) -> Module:
+    """The same model in evaluation mode, on `device` in `dtype`, without gradients."""
+    return model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    return next(model.parameters()).device
+
+
+@contextmanager
+def frozen_forward(device: torch.device) -> Iterator[None]:
+    """No gradients, and the encoder's own dtype even inside a caller's autocast (which may be float16).
+
+    Not inference mode: the outputs are inputs of a network that trains.
+    """
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 (hex) over the names, shapes and float32 values of a model's parameters and saved buffers.
+
+    It does not depend on the device or on the format on disk; bfloat16 weights have the same fingerprint when read as float32.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name}{tuple(values.shape)}".encode())
+        digest.update(values.numpy().data)
+    return digest.hexdigest()

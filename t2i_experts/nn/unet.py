@@ -1,0 +1,136 @@
+"""The denoiser's U-Net: ADM's shape (Dhariwal & Nichol 2021) with eDiff-I's conditioning (Balaji et al. 2022, section 4).
+
+Every resolution has residual blocks, each followed by self-attention and cross-attention where its spec says so. Going down, the first
+block of a lower resolution halves the sides; going up, a block of the finer resolution's width doubles them. Every output on the way
+down is concatenated to the input of one block on the way up. Nothing here knows of noise distributions, prompts or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from t2i_experts.config import ResolutionSpec
+from t2i_experts.nn.attention import CrossAttention, SelfAttention
+from t2i_experts.nn.embeddings import ContextEmbedding, NoiseEmbedding
+from t2i_experts.nn.layers import Resample, ResidualBlock, rms_norm, zeroed
+from t2i_experts.types import Embedding
+
+
+class UNetBlock(nn.Module):
+    """One residual block and the attention behind it."""
+
+    def __init__(self, block: ResidualBlock, self_attention: SelfAttention | None, cross_attention: CrossAttention | None) -> None:
+        super().__init__()
+        self.residual = block
+        self.self_attention = self_attention
+        self.cross_attention = cross_attention
+
+    def forward(self, x: Tensor, embedding: Tensor, key_value: Tensor | None, context_mask: Tensor) -> Tensor:
+        x = self.residual(x, embedding)
+        if self.self_attention is not None:
+            x = self.self_attention(x)
+        if self.cross_attention is not None:
+            assert key_value is not None
+            x = self.cross_attention(x, key_value, context_mask)
+        return x
+
+
+class UNet(nn.Module):
+    """F(x; c_noise, context) of EDM: an image-sized output for an image-sized input.
+
+    resolutions: from the image's own downwards. encoders: encoder name -> (token width, pooled width or 0).
+    """
+
+    def __init__(
+        self,
+        resolutions: Sequence[ResolutionSpec],
+        encoders: Mapping[str, tuple[int, int]],
+        *,
+        image_channels: int = 3,
+        embedding_channels: int,
+        context_channels: int,
+        head_channels: int = 64,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.noise_embedding = NoiseEmbedding(embedding_channels)
+        self.context_embedding = ContextEmbedding(encoders, context_channels=context_channels, embedding_channels=embedding_channels)
+
+        def block(spec: ResolutionSpec, in_channels: int, mode: Resample = "keep", *, attend: bool = True) -> UNetBlock:
+            channels = spec.channels
+            return UNetBlock(
+                ResidualBlock(in_channels, channels, embedding_channels, mode=mode, dropout=dropout),
+                SelfAttention(channels, head_channels) if attend and spec.self_attention else None,
+                CrossAttention(channels, context_channels, head_channels) if attend and spec.cross_attention else None,
+            )
+
+        channels = resolutions[0].channels
+        self.conv_in = nn.Conv2d(image_channels, channels, 3, padding=1)
+        skips = [channels]
+        self.down = nn.ModuleList()
+        for level, spec in enumerate(resolutions):
+            if level:
+                self.down.append(block(spec, channels, "down", attend=False))
+                channels = spec.channels
+                skips.append(channels)
+            for _ in range(spec.blocks):
+                self.down.append(block(spec, channels))
+                channels = spec.channels
+                skips.append(channels)
+        lowest = resolutions[-1]
+        self.middle = nn.ModuleList([block(lowest, channels), block(lowest, channels, attend=False)])
+        self.up = nn.ModuleList()
+        self.skips_of_up: list[bool] = []  # whether each block on the way up takes a skip
+        for level, spec in reversed(list(enumerate(resolutions))):
+            if level < len(resolutions) - 1:
+                self.up.append(block(spec, channels, "up", attend=False))
+                self.skips_of_up.append(False)
+                channels = spec.channels
+            for _ in range(spec.blocks + 1):
+                self.up.append(block(spec, channels + skips.pop()))
+                self.skips_of_up.append(True)
+                channels = spec.channels
+        assert not skips
+        self.norm_gain = nn.Parameter(torch.ones(channels))
+        self.conv_out = zeroed(nn.Conv2d(channels, image_channels, 3, padding=1))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.conv_in.weight.dtype
+
+    def _blocks(self) -> list[UNetBlock]:
+        return [block for part in (self.down, self.middle, self.up) for block in part if isinstance(block, UNetBlock)]
+
+    def project(self, embeddings: Mapping[str, Embedding]) -> dict[str, Tensor]:
+        """All that depends on the prompt and not on sigma: what `forward` takes as `projected`, batch first."""
+        context, mask, vector = self.context_embedding(embeddings)
+        projected = {"vector": vector, "context_mask": mask}
+        for i, block in enumerate(self._blocks()):
+            if block.cross_attention is not None:
+                projected[f"key_value.{i}"] = block.cross_attention.project(context)
+        return projected
+
+    def forward(self, x: Tensor, c_noise: Tensor, projected: Mapping[str, Tensor]) -> Tensor:
+        """x: (B, C, H, W), scaled to unit variance; c_noise: (B,) float32, ln(sigma)/4; projected: from `project`.
+
+        Returns (B, C, H, W) in the dtype of the computation. H and W must be divisible by 2^(resolutions - 1).
+        """
+        embedding = F.silu(self.noise_embedding(c_noise) + projected["vector"])
+        mask = projected["context_mask"]
+        key_values = iter(projected.get(f"key_value.{i}") for i in range(len(self._blocks())))
+        x = self.conv_in(x.to(self.dtype))
+        skips = [x]
+        for block in self.down:
+            x = block(x, embedding, next(key_values), mask)
+            skips.append(x)
+        for block in self.middle:
+            x = block(x, embedding, next(key_values), mask)
+        for block, takes_skip in zip(self.up, self.skips_of_up, strict=True):
+            x = torch.cat([x, skips.pop()], dim=1) if takes_skip else x
+            x = block(x, embedding, next(key_values), mask)
+        return self.conv_out(F.silu(rms_norm(x, 1) * self.norm_gain.to(x.dtype)[:, None, None]))

@@ -1,0 +1,218 @@
+"""Checks a folder of shards, this project's or another's, and writes the manifest of what is good in it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from t2i_experts.shards.format import MANIFEST, Manifest, ShardEntry, Statistics, parse_captions
+from t2i_experts.shards.images import verify
+from t2i_experts.shards.index import save_index, scan, unpack_row, without
+
+_ROWS_A_TASK = 64
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a tar, or with one sample of it if there is a key."""
+
+    shard: str
+    key: str | None
+    detail: str
+
+
+@dataclass
+class CheckReport:
+    """manifest: of what is good. problems: what makes the check fail. notes: what a user should know.
+
+    left_out: broken samples that the manifest leaves out (already, or from now on), so that training never meets them.
+    """
+
+    folder: str
+    manifest: Manifest
+    problems: list[Problem] = field(default_factory=list)
+    left_out: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What decoding one sample shows."""
+
+    key: str
+    caption_characters: tuple[int, ...] = ()
+    size: tuple[int, int] = (0, 0)
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class _Tar:
+    """What one tar holds. broken: samples whose image or caption cannot be read. incomplete: those without one of them."""
+
+    entry: ShardEntry
+    statistics: Statistics
+    rows: np.ndarray
+    broken: tuple[Problem, ...]
+    incomplete: tuple[Problem, ...]
+    unsorted: str | None
+
+
+def check_shards(
+    folder: Path, *, write_manifest: bool = False, workers: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
+) -> CheckReport:
+    """Reads every byte of every tar, decodes every image and caption, and compares all with the manifest if there is one.
+
+    With `write_manifest`, writes a manifest (and the index files) of the good samples; it names the broken ones, which are then left
+    out. `workers` threads decode. `progress` is told (samples done, samples in the tars begun so far).
+
+    Raises ValueError if the folder holds no tars, if its manifest is damaged and is not to be written anew, and if
+    `write_manifest` finds no good sample at all.
+    """
+    paths = sorted(folder.glob("[!.]*.tar"))
+    if not paths:
+        raise ValueError(f"{folder} holds no tars" if folder.is_dir() else f"shard folder not found: {folder}")
+    if workers < 1:
+        raise ValueError(f"workers={workers} must be at least 1")
+    known: dict[str, ShardEntry] = {}
+    report = CheckReport(str(folder), Manifest(()))
+    if not write_manifest and (folder / MANIFEST).is_file():
+        known = {entry.file: entry for entry in Manifest.load(folder).shards}
+    elif not write_manifest:
+        report.problems.append(Problem(MANIFEST, None, "is missing, and training needs it: run this command with --write-manifest"))
+    tars: list[_Tar] = []
+    done = 0
+    with ThreadPoolExecutor(workers) as pool:
+        for path in paths:
+            try:
+                tar = _check_tar(path, pool, workers, functools.partial(_after, done, progress))
+            except ValueError as error:
+                report.problems.append(Problem(path.name, None, str(error)))
+                continue
+            tars.append(tar)
+            done += len(tar.rows) + len(tar.broken)
+    for tar in tars:
+        entry = known.get(tar.entry.file)
+        expected = tar.entry.skipped if write_manifest else entry.skipped if entry else ()
+        for problem in tar.broken:
+            (report.left_out if problem.key in expected else report.problems).append(problem)
+        (report.left_out if write_manifest or entry else report.problems).extend(tar.incomplete)
+        if known:
+            report.problems += _differences(entry, tar.entry)
+    for name in sorted(set(known) - {path.name for path in paths}):
+        report.problems.append(Problem(name, None, "is in the manifest, but there is no such file"))
+    report.notes = list(_notes(tars))
+    report.manifest = Manifest(tuple(tar.entry for tar in tars), sum((tar.statistics for tar in tars), Statistics()))
+    if write_manifest:
+        _write(folder, report, tars)
+    return report
+
+
+def _write(folder: Path, report: CheckReport, tars: Iterable[_Tar]) -> None:
+    if not report.manifest.samples:
+        found = [*report.problems, *report.left_out]
+        first = f", such as {found[0].shard} {found[0].key or ''}: {found[0].detail}" if found else ""
+        raise ValueError(f"no manifest written for {folder}: it has no good sample, and {len(found)} problems{first}")
+    for tar in tars:
+        save_index(folder, tar.entry, tar.statistics, tar.rows)
+    report.manifest.save(folder)
+
+
+def _check_tar(path: Path, pool: ThreadPoolExecutor, workers: int, progress: Callable[[int, int], None]) -> _Tar:
+    """Raises ValueError for a tar that cannot be read or must not be."""
+    digest = pool.submit(_sha256, path)
+    found = scan(path)
+    pieces = (range(i, min(i + _ROWS_A_TASK, len(found.rows))) for i in range(0, len(found.rows), _ROWS_A_TASK))
+    samples: list[_Sample] = []
+    for piece in _in_order(pool, workers, functools.partial(_read_samples, path, found.rows), pieces):
+        samples += piece
+        progress(len(samples), len(found.rows))
+    good = [sample for sample in samples if sample.problem is None]
+    broken = tuple(Problem(path.name, sample.key, sample.problem) for sample in samples if sample.problem is not None)
+    skipped = tuple(sample.key for sample in samples if sample.problem is not None)
+    return _Tar(
+        ShardEntry(path.name, len(good), path.stat().st_size, digest.result(), skipped),
+        Statistics.of([n for sample in good for n in sample.caption_characters], [sample.size for sample in good]),
+        without(found.rows, skipped),
+        broken,
+        tuple(Problem(path.name, key, detail) for key, detail in found.incomplete),
+        found.unsorted,
+    )
+
+
+def _after(before: int, progress: Callable[[int, int], None], done: int, total: int) -> None:
+    progress(before + done, before + total)
+
+
+def _notes(tars: Iterable[_Tar]) -> Iterator[str]:
+    """What is no obstacle here, but may be elsewhere."""
+    seen: set[bytes] = set()
+    repeated: list[bytes] = []
+    for tar in tars:
+        if tar.unsorted is not None:
+            yield (
+                f"{tar.entry.file} is not sorted: the members of {tar.unsorted!r} do not stand together. They are read correctly "
+                "here; readers that go through a tar from its beginning would see two halves"
+            )
+        keys = tar.rows["key"].tolist()
+        repeated += [key for key in keys if key in seen]
+        seen.update(keys)
+    if repeated:
+        yield f"{len(repeated)} keys occur in more than one tar, such as {repeated[0].decode()!r}"
+
+
+def _differences(known: ShardEntry | None, found: ShardEntry) -> Iterator[Problem]:
+    """Where a tar is not what the manifest says of it."""
+    if known is None:
+        yield Problem(found.file, None, "is not in the manifest, so that it is never read")
+    elif known.bytes != found.bytes:
+        yield Problem(found.file, None, f"has {found.bytes} bytes where the manifest says {known.bytes}")
+    elif known.sha256 != found.sha256:
+        yield Problem(found.file, None, f"has sha256 {found.sha256} where the manifest says {known.sha256}: its content has changed")
+
+
+def _sha256(tar: Path) -> str:
+    with open(tar, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_samples(tar: Path, rows: np.ndarray, which: range) -> list[_Sample]:
+    """Reads and decodes some samples of a tar."""
+    found = []
+    file = os.open(tar, os.O_RDONLY)
+    try:
+        for i in which:
+            row = unpack_row(rows, i)
+            try:
+                image, text, fields = (
+                    os.pread(file, place[1], place[0]) if place[0] else None for place in (row.image, row.text, row.fields)
+                )
+                captions, _ = parse_captions(text, fields)
+                found.append(_Sample(row.key, tuple(len(caption) for caption in captions), verify(image or b"")))
+            except ValueError as error:
+                found.append(_Sample(row.key, problem=str(error)))
+    finally:
+        os.close(file)
+    return found
+
+
+def _in_order(pool: ThreadPoolExecutor, workers: int, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """The results in order, with only a few tasks waiting at any time."""
+    waiting: deque[Future[Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > 4 * workers:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

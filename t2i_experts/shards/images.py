@@ -1,0 +1,152 @@
+"""Picture files: what is accepted, and how one is checked, shrunk and cut. Everything that touches Pillow is here."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 2**27
+"""A larger picture is refused before it is decoded: a small file can claim any size (a decompression bomb)."""
+
+STORED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Pillow's names of the formats that shards hold, with their extensions. MPO is a JPEG with further pictures behind it."""
+
+CONVERTED = ("BMP", "GIF", "TIFF")
+"""Formats that become PNG when shards are built."""
+
+SOURCE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@contextmanager
+def open_image(data: bytes, formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")) -> Iterator[Image.Image]:
+    """The picture in `data`, opened but not yet decoded. ValueError for whatever goes wrong with it, also inside the block."""
+    try:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"it has {image.width}x{image.height} pixels; at most {MAX_PIXELS} in all are decoded")
+            yield image
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly everything on damaged data: OSError, SyntaxError, struct.error, ...
+        reason = "it is no picture of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise ValueError(reason or type(error).__name__) from error
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(width, height) as stored, from the header alone. Raises ValueError."""
+    with open_image(data) as image:
+        return image.size
+
+
+def verify(data: bytes) -> tuple[int, int]:
+    """Decodes the picture, a JPEG at an eighth of its size, and returns its (width, height) as stored. Raises ValueError."""
+    with open_image(data) as image:
+        size = image.size
+        image.draft(None, (1, 1))
+        image.load()
+        return size
+
+
+def square(data: bytes, size: int) -> Image.Image:
+    """The centre square of the picture at size x size, RGB: the shorter side becomes `size`, the longer one is cut.
+
+    Transparency is laid on white, the EXIF orientation is applied, colour profiles are not. The filter is Lanczos with
+    antialiasing; a JPEG more than four times as large is first decoded at a half, quarter or eighth, never below twice `size`.
+    A picture that has this size keeps its pixels. Raises ValueError for data that is no readable JPEG, PNG or WebP.
+    """
+    with open_image(data) as image:
+        _draft(image, size)
+        image.load()
+        turn = _turn(image)
+        image = _opaque(_eight_bit(image))
+        width, height = image.size
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        if side == size:
+            left, top = int(left), int(top)  # a crop alone: half a pixel's shift would blur
+        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+        return image if turn is None else image.transpose(turn)
+
+
+def prepare(data: bytes, shorter_side: int | None = None) -> tuple[bytes, str]:
+    """The bytes to store and their extension, for a picture in any format that `shards build` takes.
+
+    JPEG, PNG and WebP stay as they are, byte for byte; others become PNG. With `shorter_side`, larger pictures are resized to it
+    (Lanczos, as in `square`) with their EXIF orientation applied, into JPEG at quality 95 without chroma subsampling, or into PNG
+    if the source was lossless or has transparency. Everything that is returned has been decoded once. Raises ValueError.
+    """
+    with open_image(data, (*STORED, *CONVERTED)) as image:
+        kind = image.format or ""
+        if kind in STORED and (shorter_side is None or min(image.size) <= shorter_side):
+            image.draft(None, (1, 1))
+            image.load()
+            return data, STORED[kind]
+        if shorter_side is not None:
+            _draft(image, shorter_side)
+        image.load()
+        turn = _turn(image)
+        profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA") else None
+        image = _eight_bit(image)
+        if shorter_side is not None and min(image.size) > shorter_side:
+            scale = shorter_side / min(image.size)
+            wanted = (max(shorter_side, round(image.width * scale)), max(shorter_side, round(image.height * scale)))
+            image = image.resize(wanted, Image.Resampling.LANCZOS)
+        if turn is not None:
+            image = image.transpose(turn)
+        lossy = kind in ("JPEG", "MPO", "WEBP") and image.mode != "RGBA"
+        out = io.BytesIO()
+        if lossy:
+            image.save(out, "JPEG", quality=95, subsampling="4:4:4", icc_profile=profile)
+        else:
+            image.save(out, "PNG", icc_profile=profile)
+        return out.getvalue(), "jpg" if lossy else "png"
+
+
+def _draft(image: Image.Image, size: int) -> None:
+    """Lets the JPEG decoder leave out detail far below what `size` on the shorter side will show; nothing for other formats."""
+    scale = 2 * size / min(image.size)
+    if scale < 1:
+        image.draft(None, (round(image.width * scale), round(image.height * scale)))
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What brings the picture upright according to its EXIF data; nothing if these are absent or damaged."""
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF data raise nearly everything too, and the picture is good without them
+        return None
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """The decoded picture in mode L, RGB or RGBA; sixteen bits are scaled to eight."""
+    if image.mode in ("L", "RGB", "RGBA") and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        return Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range is unknown; convert it to 8 or 16 bits")
+    return image.convert("RGBA" if image.has_transparency_data else "L" if image.mode == "1" else "RGB")
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent shows white."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")

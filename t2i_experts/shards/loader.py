@@ -1,0 +1,109 @@
+"""Batches for one process of many: which positions it reads, and worker processes that read them ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from t2i_experts.shards.reader import Sample, ShardReader
+
+Batch = TypeVar("Batch")
+
+
+def position_batches(
+    start: int, *, batch_size: int, accumulation: int, rank: int, world_size: int, stop: int | None = None
+) -> Iterator[list[int]]:
+    """This process's micro-batches of positions, `accumulation` of them for each global batch.
+
+    Global batch i is the positions [start + i batch_size, start + (i + 1) batch_size), and process `rank` reads the rank-th of its
+    `world_size` equal parts, in order. No global batch begins at or after `stop`; the last one is whole, so that all processes
+    get the same number of equal batches and none waits for another.
+
+    Raises ValueError unless batch_size is a multiple of world_size * accumulation.
+    """
+    if start < 0 or (stop is not None and stop < 0):
+        raise ValueError(f"start={start} and stop={stop} must not be negative")
+    if min(batch_size, accumulation, world_size) < 1 or not 0 <= rank < world_size:
+        raise ValueError(
+            f"batch_size={batch_size}, accumulation={accumulation} and world_size={world_size} must be positive and "
+            f"rank={rank} in [0, {world_size})"
+        )
+    if batch_size % (world_size * accumulation):
+        raise ValueError(
+            f"batch_size={batch_size} must be a multiple of {world_size * accumulation}: {world_size} processes * {accumulation}"
+        )
+    return _position_batches(start, stop, batch_size, batch_size // (world_size * accumulation), rank * accumulation, accumulation)
+
+
+def _position_batches(start: int, stop: int | None, batch_size: int, micro: int, first: int, count: int) -> Iterator[list[int]]:
+    while stop is None or start < stop:
+        for i in range(first, first + count):
+            yield list(range(start + i * micro, start + (i + 1) * micro))
+        start += batch_size
+
+
+def open_loader(
+    reader: ShardReader,
+    collate: Callable[[Sequence[Sample]], Batch],
+    *,
+    start: int,
+    stop: int | None,
+    batch_size: int,
+    accumulation: int,
+    rank: int,
+    world_size: int,
+    workers: int,
+) -> Iterator[Batch]:
+    """collate(samples) for each of `position_batches`, in order, read ahead by `workers` processes (0: in this one).
+
+    Tensors in lists, tuples and dicts are in pinned memory where there is CUDA; another class of batch needs a method `pin_memory`.
+    The workers start at once and stop with the iterator. No global random state is touched. ValueError as from `position_batches`
+    and, when its batch is due, for a sample that cannot be read.
+    """
+    if workers < 0:
+        raise ValueError(f"workers={workers} must not be negative")
+    positions = position_batches(start, batch_size=batch_size, accumulation=accumulation, rank=rank, world_size=world_size, stop=stop)
+    loader: DataLoader[Any] = DataLoader(
+        _Batches(reader, collate),
+        batch_size=None,
+        sampler=positions,
+        collate_fn=_unchanged,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+    )
+    return _unpacked(iter(loader))
+
+
+class _Batches(Dataset[Any], Generic[Batch]):
+    """A dataset whose index is a list of positions and whose item is their batch, or the message of what went wrong."""
+
+    def __init__(self, reader: ShardReader, collate: Callable[[Sequence[Sample]], Batch]) -> None:
+        self._reader = reader
+        self._collate = collate
+
+    def __getitem__(self, positions: Sequence[int]) -> Batch | _Unreadable:
+        try:
+            samples = [self._reader[position] for position in positions]
+        except ValueError as error:
+            return _Unreadable(str(error))
+        return self._collate(samples)
+
+
+class _Unreadable(str):
+    """Travels from a worker in place of a batch: an exception would arrive with the worker's traceback as its message."""
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch
+
+
+def _unpacked(batches: Iterator[Batch | _Unreadable]) -> Iterator[Batch]:
+    for batch in batches:
+        if isinstance(batch, _Unreadable):
+            raise ValueError(str(batch))
+        yield batch

@@ -1,0 +1,88 @@
+"""The order in which training sees a dataset: infinite, and a pure function of (dataset, seed, position).
+
+Epoch e, the positions [e N, (e + 1) N), is a pseudo-random permutation of the N samples. It is computed point by point: a Feistel
+network permutes the pairs (left, right) with left < a, right < b and a b >= N, and points outside [0, N) are walked over (Black and
+Rogaway, "Ciphers with arbitrary finite domains", 2002). Nothing is stored or replayed, and any position is reached at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from typing import TypeVar, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ROUNDS = 10
+_MASK = 2**64 - 1
+_Number = TypeVar("_Number", int, np.ndarray)
+
+
+class GlobalOrder:
+    """order[position] is the index of the sample at that position; positions count images seen, over all epochs."""
+
+    def __init__(self, samples: int, dataset_hash: str, seed: int) -> None:
+        """Raises ValueError if there are no samples."""
+        if samples < 1:
+            raise ValueError(f"samples={samples}: an order needs at least one")
+        self.samples = samples
+        self._name = f"{dataset_hash}/{seed}"
+        self._a = math.isqrt(samples - 1) + 1
+        self._b = -(-samples // self._a)
+
+    @overload
+    def __getitem__(self, position: int) -> int: ...
+    @overload
+    def __getitem__(self, position: NDArray[np.integer]) -> NDArray[np.int64]: ...
+    def __getitem__(self, position: int | NDArray[np.integer]) -> int | NDArray[np.int64]:
+        """The index in [0, samples) for a position >= 0, or for each of an array of them. Raises IndexError for a negative one."""
+        if (position < 0).any() if isinstance(position, np.ndarray) else position < 0:
+            raise IndexError(f"position {position} is negative")
+        if not isinstance(position, np.ndarray):
+            epoch, point = divmod(int(position), self.samples)
+            keys = _round_keys(self._name, epoch)
+            point = self._encrypt(point, keys)
+            while point >= self.samples:
+                point = self._encrypt(point, keys)
+            return point
+        epochs, points = np.divmod(position.astype(np.uint64), np.uint64(self.samples))
+        for epoch in np.unique(epochs):
+            keys, todo = _round_keys(self._name, int(epoch)), epochs == epoch
+            while todo.any():
+                points[todo] = self._encrypt(points[todo], keys)
+                todo &= points >= self.samples
+        return points.astype(np.int64)
+
+    def _encrypt(self, point: _Number, keys: tuple[int, ...]) -> _Number:
+        """A permutation of [0, a b): each round adds to one half a keyed hash of the other."""
+        left, right = point // self._b, point % self._b
+        for i in range(0, _ROUNDS, 2):
+            left = (left + _mix(right ^ keys[i]) % self._a) % self._a
+            right = (right + _mix(left ^ keys[i + 1]) % self._b) % self._b
+        return left * self._b + right
+
+
+def _mix(x: _Number) -> _Number:
+    """A 64-bit integer hash: splitmix64's finaliser (Steele, Lea and Flood, 2014). Python integers are masked; arrays wrap anyway."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+@functools.lru_cache(maxsize=64)
+def _round_keys(name: str, epoch: int) -> tuple[int, ...]:
+    digest = hashlib.shake_256(f"{name}/{epoch}".encode()).digest(8 * _ROUNDS)
+    return tuple(int.from_bytes(digest[i : i + 8], "little") for i in range(0, len(digest), 8))
+
+
+def position_rng(seed: int, position: int, purpose: str) -> np.random.Generator:
+    """Random numbers that belong to one position and one purpose ("caption", "crop", ...), whatever was drawn before or elsewhere."""
+    counter = np.array([0, 0, 0, position], np.uint64)  # draws count up from the lowest word
+    return np.random.Generator(np.random.Philox(key=_philox_key(seed, purpose), counter=counter))
+
+
+@functools.lru_cache(maxsize=64)
+def _philox_key(seed: int, purpose: str) -> NDArray[np.uint64]:
+    return np.frombuffer(hashlib.blake2b(f"{purpose}/{seed}".encode(), digest_size=16).digest(), "<u8")

@@ -1,0 +1,143 @@
+"""Reads samples of local shards at random, by offset, in the global order."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from t2i_experts.shards.format import Manifest, ShardEntry, parse_captions
+from t2i_experts.shards.index import open_index, unpack_row
+from t2i_experts.shards.order import GlobalOrder, position_rng
+from t2i_experts.shards.transforms import decode_image
+
+_OPEN_FILES = 256
+
+
+@dataclass(frozen=True)
+class Sample:
+    """position: in the global order (or the index, for `ShardReader.item`). image: (3, size, size) uint8, RGB.
+
+    metadata: the fields of the sample's JSON but for its captions.
+    """
+
+    position: int
+    key: str
+    image: Tensor
+    caption: str
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample as it is stored. shard: path of its tar. image: the bytes of the picture file."""
+
+    shard: Path
+    key: str
+    image: bytes
+    captions: tuple[str, ...]
+    metadata: dict[str, Any]
+
+
+class ShardReader:
+    """The samples of some shard folders, each with a manifest, as one dataset.
+
+    `reader[position]` follows the infinite global order, a pure function of (dataset_hash, seed, position): how many processes and
+    workers read it, and where they begin, changes nothing. Files are opened when they are first read, in each process for itself,
+    so that a reader can be pickled and forked.
+    """
+
+    def __init__(self, folders: Sequence[str | Path], *, size: int, seed: int) -> None:
+        """size: pixels of the square images. Raises ValueError for a missing or damaged manifest and if there is no sample."""
+        if isinstance(folders, (str, Path)):
+            raise ValueError(f"folders={folders!r} must be a list of folders")
+        if size < 1:
+            raise ValueError(f"size={size} must be positive")
+        self.size = size
+        self.seed = seed
+        manifests = [(Path(folder), Manifest.load(folder)) for folder in folders]
+        self._shards: list[tuple[Path, ShardEntry]] = [(folder, entry) for folder, manifest in manifests for entry in manifest.shards]
+        self._ends = list(itertools.accumulate(entry.samples for _, entry in self._shards))
+        self.samples = self._ends[-1] if self._ends else 0
+        if not self.samples:
+            raise ValueError(f"no samples in the shard folders {[str(folder) for folder in folders]}")
+        self.dataset_hash = hashlib.sha256("\n".join(manifest.hash for _, manifest in manifests).encode()).hexdigest()
+        self.order = GlobalOrder(self.samples, self.dataset_hash, seed)
+        self._rows: dict[int, np.ndarray] = {}
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def __getitem__(self, position: int) -> Sample:
+        """The sample at a position of the global order, with one of its captions. Raises ValueError for one that cannot be read."""
+        raw = self.raw(self.order[position])
+        several = len(raw.captions) > 1
+        choice = int(position_rng(self.seed, position, "caption").integers(len(raw.captions))) if several else 0
+        return self._sample(position, raw, raw.captions[choice])
+
+    def item(self, index: int) -> Sample:
+        """The sample at an index in [0, samples) of the dataset's own order (folders, tars, keys), with its first caption."""
+        raw = self.raw(index)
+        return self._sample(index, raw, raw.captions[0])
+
+    def raw(self, index: int) -> RawSample:
+        """The sample at an index of the dataset's own order, not decoded. Raises IndexError, and ValueError as above."""
+        if not 0 <= index < self.samples:
+            raise IndexError(f"index {index} is not in [0, {self.samples})")
+        shard = bisect.bisect_right(self._ends, index)
+        folder, entry = self._shards[shard]
+        if shard not in self._rows:
+            self._rows[shard] = open_index(folder, entry)
+        row = unpack_row(self._rows[shard], index - self._ends[shard] + entry.samples)
+        try:
+            image, text, fields = (self._read(shard, *place) for place in (row.image, row.text, row.fields))
+            captions, metadata = parse_captions(text if row.text[0] else None, fields if row.fields[0] else None)
+        except (ValueError, OSError) as error:
+            raise self._broken(folder / entry.file, row.key, error) from error
+        return RawSample(folder / entry.file, row.key, image, captions, metadata)
+
+    def _sample(self, position: int, raw: RawSample, caption: str) -> Sample:
+        try:
+            image = decode_image(raw.image, self.size)
+        except ValueError as error:
+            raise self._broken(raw.shard, raw.key, error) from error
+        return Sample(position, raw.key, image, caption, raw.metadata)
+
+    def _broken(self, tar: Path, key: str, error: Exception) -> ValueError:
+        remedy = f"`t2i-experts shards check {tar.parent} --write-manifest` leaves out what is broken"
+        return ValueError(f"{tar}: sample {key!r}: {error}; {remedy}")
+
+    def _read(self, shard: int, offset: int, length: int) -> bytes:
+        """Bytes of a tar. The most recently used files stay open."""
+        if not offset:
+            return b""
+        if shard in self._files:
+            self._files.move_to_end(shard)
+        else:
+            folder, entry = self._shards[shard]
+            self._files[shard] = os.open(folder / entry.file, os.O_RDONLY)
+            if len(self._files) > _OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+        data = os.pread(self._files[shard], length, offset)
+        if len(data) != length:
+            raise ValueError(f"the tar ends within it ({len(data)} of {length} bytes)")
+        return data
+
+    def close(self) -> None:
+        """Closes the files; they are opened again when something is read."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        if hasattr(self, "_files"):
+            self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rows": {}, "_files": OrderedDict()}

@@ -1,0 +1,30 @@
+"""Exponential moving average of the weights, with EDM's half-life in images and its ramp-up (Karras et al. 2022, appendix F.2)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """A float32 copy of a network that follows it: beta = 0.5^(batch / half-life), half-life = min(halflife_kimg, rampup * images seen)."""
+
+    def __init__(self, network: nn.Module, halflife_kimg: float, rampup: float = 0.05) -> None:
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.halflife_kimg = halflife_kimg
+        self.rampup = rampup
+
+    def beta(self, batch: int, images_seen: int) -> float:
+        """Weight of the old average for a step over `batch` images after which `images_seen` images have been seen."""
+        halflife = min(self.halflife_kimg * 1000, self.rampup * images_seen) if self.rampup else self.halflife_kimg * 1000
+        return 0.5 ** (batch / max(halflife, 1e-8))
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, batch: int, images_seen: int) -> None:
+        """Moves the average towards the weights of `network`, which has the architecture that it was made from."""
+        mean, now = list(self.network.parameters()), [p.detach() for p in network.parameters()]
+        torch._foreach_lerp_(mean, now, 1 - self.beta(batch, images_seen))
+        for average, buffer in zip(self.network.buffers(), network.buffers(), strict=True):
+            average.copy_(buffer)

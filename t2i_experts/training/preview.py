@@ -1,0 +1,24 @@
+"""Pictures of fixed prompts at fixed seeds, so that training can be watched: loss curves lie, grids don't."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from t2i_experts.cascade.picture import contact_sheet, save_png, to_pil, to_uint8
+from t2i_experts.cascade.pipeline import start_noise
+from t2i_experts.cascade.stage import Stage
+from t2i_experts.conditioning.conditioner import TextConditioner
+from t2i_experts.config import PreviewConfig
+
+
+def draw_preview(stage: Stage, conditioner: TextConditioner, config: PreviewConfig, device: torch.device, path: Path) -> None:
+    """Writes one contact sheet of the prompts; the PNG's metadata lists them. Prompt i starts from the noise of (seed 0, index i)."""
+    sampling = replace(stage.sampling, steps=config.steps, guidance=config.guidance)
+    noise = torch.stack([start_noise(0, i, stage.noise_shape) for i in range(len(config.prompts))]).to(device)
+    images = to_uint8(stage.sample(noise, conditioner(config.prompts), conditioner.null(), sampling))
+    sheet = contact_sheet([to_pil(image) for image in images], columns=math.ceil(math.sqrt(len(images))))
+    save_png(sheet, path, {"prompts": list(config.prompts), "steps": config.steps, "guidance": config.guidance})

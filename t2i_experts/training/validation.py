@@ -1,0 +1,100 @@
+"""Loss on held-out images at fixed noise: the same images, noise levels and noise every time, so that two numbers can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from t2i_experts.diffusion.noise import LogNormalSigma
+from t2i_experts.shards.reader import ShardReader
+from t2i_experts.training.task import DiffusionTask
+from t2i_experts.types import Denoiser
+
+GOLDEN = 0.6180339887498949
+
+
+@dataclass(frozen=True)
+class ValidationLoss:
+    """losses: (N, bins) float64, EDM's weighted loss of image n at one noise level of bin b. edges: (bins + 1,) sigmas between the bins."""
+
+    losses: Tensor
+    edges: Tensor
+
+    @property
+    def mean(self) -> float:
+        """Over images and bins: an estimate of the training loss, since the bins are equally probable."""
+        return float(self.losses.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean, over images."""
+        return standard_error(self.losses.mean(dim=1))
+
+    def summary(self) -> dict[str, Any]:
+        """As plain values, with the mean and its standard error for each bin."""
+        bins = [
+            {"sigma_lo": lo, "sigma_hi": hi, "loss": float(column.mean()), "standard_error": standard_error(column)}
+            for lo, hi, column in zip(self.edges[:-1].tolist(), self.edges[1:].tolist(), self.losses.T, strict=True)
+        ]
+        return {"loss": self.mean, "standard_error": self.standard_error, "images": len(self.losses), "bins": bins}
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of (N,) values; infinite for fewer than two."""
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else float("inf")
+
+
+def fixed_sigmas(noise: LogNormalSigma, index: int, bins: int) -> Tensor:
+    """One sigma in each of `bins` equally probable ranges for image `index`, (bins,) float64; images spread evenly inside a bin."""
+    fraction = ((index + 0.5) * GOLDEN) % 1.0
+    return noise.icdf((torch.arange(bins, dtype=torch.float64) + fraction) / bins)
+
+
+@torch.no_grad()
+def validate(
+    denoiser: Denoiser,
+    task: DiffusionTask,
+    reader: ShardReader,
+    *,
+    images: int,
+    bins: int,
+    batch_size: int,
+    without: Collection[str] = ("clip_image",),
+    shuffled: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> ValidationLoss:
+    """The loss on the first `images` of `reader` (or all, if it has fewer) with their first captions.
+
+    without: encoders that are dropped; by default the image encoder, as when one samples from a prompt. shuffled: every image gets the
+    caption of another one (the seventeenth after it, cyclically) instead of its own. With several processes each computes its share, leaves zeros
+    elsewhere, and the caller sums.
+    """
+    count = min(images, reader.samples)
+    losses = torch.zeros(count, bins, dtype=torch.float64)
+    for start in range(rank * batch_size, count, world_size * batch_size):
+        rows = range(start, min(start + batch_size, count))
+        samples = [reader.item(i) for i in rows]
+        captions = [reader.item((i + 17) % count).caption for i in rows] if shuffled else [sample.caption for sample in samples]
+        pixels = torch.stack([sample.image for sample in samples]).to(task.device).float() / 127.5 - 1
+        drops = {name: torch.full((len(rows),), name in without) for name in task.stage.encoders}
+        conditioning = task.conditioner.encode(task.conditioner.tokenizer(captions), pixels, drops)
+        eps = torch.stack([_noise(i, pixels.shape[1:]) for i in rows]).to(task.device)
+        sigmas = torch.stack([fixed_sigmas(task.noise, i, bins) for i in rows]).float().to(task.device)
+        for b in range(bins):
+            with task.autocast():
+                column = task.loss(denoiser, pixels, sigmas[:, b], eps, conditioning)
+            losses[start : start + len(rows), b] = column.double().cpu()
+    edges = task.noise.icdf(torch.linspace(0, 1, bins + 1, dtype=torch.float64))
+    return ValidationLoss(losses, edges)
+
+
+def _noise(index: int, shape: torch.Size) -> Tensor:
+    """The fixed noise of validation image `index`."""
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((0, index))))
+    return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))

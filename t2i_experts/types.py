@@ -1,0 +1,138 @@
+"""The nouns that every floor speaks: what goes into a denoiser, and what an encoder says of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+Span = tuple[int, int]
+"""Half-open range of characters [start, end) in the prompt as the user typed it; (i, i) covers nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A batch of tokenised prompts, on the CPU, ready to travel from a loader's worker to the encoder.
+
+    ids: (B, L) int64, padded to the encoder's own `max_tokens`, so that shapes never change.
+    mask: (B, L) bool, True = real token (special tokens included, padding excluded).
+    spans: for each prompt, for each real token, the characters of the prompt that it covers; special tokens cover nothing.
+    truncated: for each prompt, the character at which the encoder stopped reading, or None if it read all of it.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    spans: tuple[tuple[Span, ...], ...]
+    truncated: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """What one frozen encoder says of a batch.
+
+    tokens: (B, L, D) float; a row that is dropped is all zeros.
+    mask: (B, L) bool, True = real token; a dropped row has exactly its first token real.
+    pooled: (B, P) float, or None for an encoder without a pooled vector.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    pooled: Tensor | None = None
+
+    def dropped(self, drop: Tensor) -> Embedding:
+        """The same batch with the rows where `drop` (B,) bool is True replaced by one valid zero token and a zero pooled vector."""
+        first = torch.arange(self.mask.shape[1], device=self.mask.device) == 0
+        return Embedding(
+            tokens=self.tokens.masked_fill(drop[:, None, None], 0),
+            mask=torch.where(drop[:, None], first[None], self.mask),
+            pooled=None if self.pooled is None else self.pooled.masked_fill(drop[:, None], 0),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """All that a denoiser may know besides x and sigma: for each encoder, by name, its embedding of the batch.
+
+    `projected` holds what a network has computed from the embeddings alone (see `EDMPrecond.prepare`), so that it is computed
+    once a prompt and not once a step. Every tensor has the batch as its first dimension.
+    """
+
+    embeddings: Mapping[str, Embedding]
+    projected: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        assert self.embeddings, "a conditioning names at least one encoder"
+        return next(iter(self.embeddings.values())).mask.shape[0]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        """Every tensor replaced by function(tensor)."""
+
+        def embedding(e: Embedding) -> Embedding:
+            return Embedding(function(e.tokens), function(e.mask), None if e.pooled is None else function(e.pooled))
+
+        return Conditioning(
+            {name: embedding(e) for name, e in self.embeddings.items()},
+            {name: function(t) for name, t in self.projected.items()},
+        )
+
+    def rows(self, start: int, stop: int) -> Conditioning:
+        """The rows [start, stop), as views."""
+        return self.map(lambda tensor: tensor[start:stop])
+
+    def expand(self, batch: int) -> Conditioning:
+        """A batch of one row repeated `batch` times, without copying."""
+        return self.map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
+        """Moved to `device`; floating-point tensors cast to `dtype` if one is given."""
+        return self.map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
+
+    def drop(self, drops: Mapping[str, Tensor]) -> Conditioning:
+        """The embeddings with, for each encoder named in `drops`, the rows of its (B,) bool mask dropped; clears `projected`."""
+        unknown = set(drops) - set(self.embeddings)
+        if unknown:
+            raise ValueError(f"drop names {sorted(unknown)}; this conditioning has {sorted(self.embeddings)}")
+        kept = {name: e.dropped(drops[name]) if name in drops else e for name, e in self.embeddings.items()}
+        return replace(self, embeddings=kept, projected={})
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """The rows of all parts, in order; shorter token sequences are padded with masked zeros. `projected` must be empty.
+
+        Raises ValueError if the parts differ in their encoders or in which of them have pooled vectors, or already hold projections.
+        """
+        names = list(parts[0].embeddings)
+        if any(set(part.embeddings) != set(names) for part in parts):
+            raise ValueError(f"cannot join conditionings of different encoders: {[sorted(part.embeddings) for part in parts]}")
+        if any(part.projected for part in parts):
+            raise ValueError("cannot join prepared conditionings: join first, then prepare")
+
+        def join(name: str) -> Embedding:
+            embeddings = [part.embeddings[name] for part in parts]
+            length = max(e.mask.shape[1] for e in embeddings)
+            pooled = [e.pooled for e in embeddings if e.pooled is not None]
+            if pooled and len(pooled) < len(parts):
+                raise ValueError(f"cannot join conditionings of which only some have a pooled vector of {name!r}")
+            return Embedding(
+                torch.cat([pad(e.tokens, (0, 0, 0, length - e.mask.shape[1])) for e in embeddings]),
+                torch.cat([pad(e.mask, (0, length - e.mask.shape[1])) for e in embeddings]),
+                torch.cat(pooled) if pooled else None,
+            )
+
+        return Conditioning({name: join(name) for name in names})
+
+
+class Denoiser(Protocol):
+    """Estimates the clean image from a noisy one: the only thing that a sampler knows.
+
+    x: (B, C, H, W) = y + sigma * eps with y in [-1, 1]; sigma: 0-d tensor (float64 on the CPU when sampling) or (B,);
+    conditioning: of B rows. Returns the denoised images, (B, C, H, W) float32.
+    """
+
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor: ...
