@@ -2,8 +2,8 @@
 
     python scripts/draw_shapes.py OUT [--train 192] [--validation 32] [--samples-per-shard 48] [--size 64] [--seed 0]
 
-writes the shard folders OUT/train and OUT/validation, which share no scene. The repository's own copy, `shards/shapes`, is what the defaults
-draw; ask for more pictures to train on them in earnest.
+writes the shard folders OUT/train and OUT/validation, which share no scene. `shards/shapes` in the repository is what
+the defaults draw; ask for more pictures to train on them in earnest.
 """
 
 from __future__ import annotations
@@ -137,10 +137,10 @@ def png(image: Image.Image) -> bytes:
 
 
 def write(folder: Path, drawn: Sequence[Scene], *, size: int, samples_per_shard: int) -> None:
-    """One shard folder. The first scene has one caption, the next two, then three, then one again."""
+    """One shard folder. Every other scene has one caption, the others two or three."""
     with ShardWriter(folder, samples_per_shard=samples_per_shard) as writer:
         for i, scene in enumerate(drawn):
-            writer.write(f"{i:06d}", png(scene.draw(size)), "png", scene.captions()[: 1 + i % 3])
+            writer.write(f"{i:06d}", png(scene.draw(size)), "png", scene.captions()[: (1, 2, 1, 3)[i % 4]])
 
 
 def main() -> None:

@@ -32,6 +32,31 @@ _FLUENT_FOLDERS = {"3D": "3D", "gradient": "Color", "flat": "Flat"}
 _MEASURED_PX = 64
 _SMALLEST_PX = 128
 
+_UNCHANGED_PLURALS = ("deer", "sheep", "fish", "jellyfish", "pufferfish", "shrimp", "squid", "bison", "moose", "dice")
+_IRREGULAR_PLURALS = {noun: noun for noun in _UNCHANGED_PLURALS} | {
+    "mouse": "mice",
+    "goose": "geese",
+    "tooth": "teeth",
+    "man": "men",
+    "woman": "women",
+    "snowman": "snowmen",
+    "policeman": "policemen",
+    "fireman": "firemen",
+    "wolf": "wolves",
+    "leaf": "leaves",
+    "knife": "knives",
+    "loaf": "loaves",
+    "scarf": "scarves",
+    "elf": "elves",
+    "cactus": "cacti",
+    "potato": "potatoes",
+    "tomato": "tomatoes",
+    "mango": "mangoes",
+    "volcano": "volcanoes",
+    "tornado": "tornadoes",
+    "mosquito": "mosquitoes",
+}
+
 Pixels = NDArray[np.uint8]
 
 
@@ -59,26 +84,18 @@ class EmojiObject:
 
 
 def pluralise(name: str) -> str:
-    """The regular (and a few irregular) English plural of a name: 'slice of pizza' -> 'slices of pizza'."""
-    head, of, tail = name.partition(" of ")
-    if not of:
-        head, of, tail = name.partition(" with ")
-    start, _, noun = head.rpartition(" ")
-    irregular = {"mouse": "mice", "goose": "geese", "tooth": "teeth", "foot": "feet", "man": "men", "woman": "women", "child": "children"}
-    irregular |= {"wolf": "wolves", "leaf": "leaves", "knife": "knives", "loaf": "loaves", "scarf": "scarves", "elf": "elves", "calf": "calves"}
-    irregular |= {"ox": "oxen", "cactus": "cacti", "potato": "potatoes", "tomato": "tomatoes", "mango": "mangoes", "volcano": "volcanoes"}
-    irregular |= {noun: noun for noun in ("deer", "sheep", "fish", "jellyfish", "pufferfish", "shrimp", "squid", "bison", "moose", "dice")}
-    irregular |= {"snowman": "snowmen", "policeman": "policemen", "fireman": "firemen", "tornado": "tornadoes", "torpedo": "torpedoes"}
-    irregular |= {"mosquito": "mosquitoes", "bandeau": "bandeaux"}
-    if noun in irregular:
-        plural = irregular[noun]
+    """The plural of a name, of its head: 'red apple' -> 'red apples', 'slice of pizza' -> 'slices of pizza', 'wolf' -> 'wolves'."""
+    head = re.split(r" (?:of|with|behind|over|at|in|on|blowing) ", name)[0]
+    start, space, noun = head.rpartition(" ")
+    if noun in _IRREGULAR_PLURALS:
+        plural = _IRREGULAR_PLURALS[noun]
     elif re.search(r"[^aeiou]y$", noun):
         plural = noun[:-1] + "ies"
     elif re.search(r"(s|x|z|ch|sh)$", noun):
         plural = noun + "es"
     else:
         plural = noun + "s"
-    return f"{start} {plural}".strip() + of + tail
+    return start + space + plural + name[len(head) :]
 
 
 def load_vocabulary(path: Path = VOCABULARY) -> tuple[EmojiObject, ...]:
@@ -168,7 +185,7 @@ class Art:
         return tuple(style for style in STYLES if (obj.codepoints, style) in self.sources)
 
     def sprite(self, obj: EmojiObject, style: str, size: int) -> Pixels:
-        """(H, W, 4) premultiplied uint8, cropped to what is visible; the longer side is at least `size` (or all that a raster source has)."""
+        """(H, W, 4) premultiplied uint8, cropped; the longer side is at least `size`, or all that a raster source has."""
         key = (obj.codepoints, style)
         if self._sprites is not None and size <= self._sprites.shape[1]:
             slot, height, width = self._shapes[key]

@@ -36,7 +36,15 @@ _LEFT = (
     "{b} on the right of {a}",
     "{b} right of {a}",
 )
-_BESIDE = ("{a} next to {b}", "{b} next to {a}", "{a} beside {b}", "{b} beside {a}", "{a} and {b} side by side", "{a} and {b}", "{b} and {a}")
+_BESIDE = (
+    "{a} next to {b}",
+    "{b} next to {a}",
+    "{a} beside {b}",
+    "{b} beside {a}",
+    "{a} and {b} side by side",
+    "{a} and {b}",
+    "{b} and {a}",
+)
 _ABOVE = (
     "{a} above {b}",
     "{a} above {b}",
@@ -99,10 +107,13 @@ class Description:
 
 
 def captions(scene: Description, rng: random.Random, count: int) -> tuple[str, ...]:
-    """`count` or fewer different captions, all true. The first is a whole sentence with the style, and with the background if it is named."""
-    first = caption(scene, rng, style=True)
-    more = [_keywords(scene, rng) if rng.random() < 0.15 else caption(scene, rng, style=rng.random() < 0.35) for _ in range(count - 1)]
-    return tuple(dict.fromkeys([first, *more]))
+    """`count` different captions, all true. The first is a whole phrase with the style, and with any named background."""
+    made = [caption(scene, rng, style=True)]
+    while len(made) < count:
+        another = _keywords(scene, rng) if rng.random() < 0.15 else caption(scene, rng, style=rng.random() < 0.25)
+        if another not in made:
+            made.append(another)
+    return tuple(made)
 
 
 def caption(scene: Description, rng: random.Random, *, style: bool) -> str:
@@ -201,5 +212,9 @@ def _background(background: Background, rng: random.Random) -> str:
 def _keywords(scene: Description, rng: random.Random) -> str:
     """'owl, purple, 3D, blue background'."""
     nouns: Sequence[str] = [_noun(thing, rng, article=False) for thing in scene.things]
-    words = [*nouns, *([scene.style] if rng.random() < 0.5 else []), *([background_words(scene.background, rng)] if scene.background.named else [])]
+    words = [
+        *nouns,
+        *([scene.style] if rng.random() < 0.5 else []),
+        *([background_words(scene.background, rng)] if scene.background.named else []),
+    ]
     return ", ".join(words)

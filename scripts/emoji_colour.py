@@ -9,22 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 
 _SRGB_TO_LINEAR = np.array([v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in np.arange(256) / 255], np.float32)
 _LINEAR_TO_SRGB_STEPS = 4096
 _LINEAR_TO_SRGB = np.array(
-    [round(255 * (12.92 * v if v <= 0.0031308 else 1.055 * v ** (1 / 2.4) - 0.055)) for v in np.linspace(0, 1, _LINEAR_TO_SRGB_STEPS) ** 2], np.uint8
+    [round(255 * (12.92 * v if v <= 0.0031308 else 1.055 * v ** (1 / 2.4) - 0.055)) for v in np.linspace(0, 1, _LINEAR_TO_SRGB_STEPS) ** 2],
+    np.uint8,
 )
 _RGB_TO_LMS = np.array(
-    [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566], [0.0883024619, 0.2817188376, 0.6299787005]], np.float32
+    [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566], [0.0883024619, 0.2817188376, 0.6299787005]],
+    np.float32,
 )
 _LMS_TO_LAB = np.array(
-    [[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099], [0.0259040371, 0.7827717662, -0.8086757660]], np.float32
+    [[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099], [0.0259040371, 0.7827717662, -0.8086757660]],
+    np.float32,
 )
 _LMS_TO_RGB = np.linalg.inv(_RGB_TO_LMS.astype(np.float64)).astype(np.float32)
 _LAB_TO_LMS = np.linalg.inv(_LMS_TO_LAB.astype(np.float64)).astype(np.float32)
@@ -144,12 +148,10 @@ def measure(rgba: NDArray[np.uint8]) -> Palette:
         alike = chroma < 0.02
     sure = float((called[own] & alike).mean())
     rival = max(float(pixels.mean()) for name, pixels in called.items() if name != own and COLOURS[name].chroma > 0)
-    named = sure >= _NAMED_SHARE or bool(target.chroma) and sure >= _NAMED_SHARE_ALONE and rival <= _RIVAL_SHARE
+    named = sure >= _NAMED_SHARE or (bool(target.chroma) and sure >= _NAMED_SHARE_ALONE and rival <= _RIVAL_SHARE)
     lightness, chroma_mean = float(np.average(lab[:, 0], weights=weight)), float(np.average(chroma, weights=weight))
     mean = lab.mean(axis=0)
-    palette = Palette(
-        dominant, turned, lightness, chroma_mean, own if named else None, (float(mean[0]), float(mean[1]), float(mean[2]))
-    )
+    palette = Palette(dominant, turned, lightness, chroma_mean, own if named else None, (float(mean[0]), float(mean[1]), float(mean[2])))
     targets = tuple(name for name in COLOURS if name != own and _convincing(lab, palette, name))
     return replace(palette, targets=targets)
 
@@ -176,7 +178,7 @@ def _turn(lab: Array, palette: Palette, target: Target) -> Array:
     """lab: (N, 3) of the picture -> (N, 3) of the picture turned into the target."""
     lightness, a, b = lab[:, 0], lab[:, 1], lab[:, 2]
     chroma, hue = np.hypot(a, b), np.arctan2(b, a)
-    # Lightness: a broken line through (0, 0), (the object's mean, its new mean) and (1, 1), with slopes held to what still looks like shading.
+    # Lightness: a broken line through (0, 0), (the object's mean, its new mean) and (1, 1), no steeper than shading may look.
     centre = palette.lightness
     new_centre = centre + target.pull * (target.lightness - centre)
     below = min(new_centre / max(centre, 1e-3), 1.6)
@@ -210,7 +212,7 @@ def _called(lab: Array) -> dict[str, NDArray[np.bool_]]:
     rest = coloured & ~brown & ~pink & ~light_blue
     return {
         "red": rest & ((hue < 42) | (hue > 350)),
-        "orange": rest & (hue >= 45) & (hue < 80) & (chroma > 0.12),
+        "orange": rest & (hue >= 45) & (hue < 74) & (chroma > 0.12),
         "yellow": rest & (hue >= 82) & (hue < 112) & (lightness > 0.68),
         "green": rest & (hue >= 118) & (hue < 172),
         "light blue": light_blue,

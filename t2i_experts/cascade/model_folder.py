@@ -1,9 +1,9 @@
 """Model folders: a whole text-to-image model on disk, in the layout of diffusers.
 
-    model_index.json                    version, stages, encoders, sampling defaults
-    base64/config.json                  the stage: network, noise, encoders' widths
-    base64/diffusion_pytorch_model.safetensors
-    t5/ clip/                           the encoders, unless they are public weights, which model_index.json names
+model_index.json                    version, stages, encoders, sampling defaults
+base64/config.json                  the stage: network, noise, encoders' widths
+base64/diffusion_pytorch_model.safetensors
+t5/ clip/                           the encoders, unless they are public weights, which model_index.json names
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def load_denoiser(path: Path, config: StageConfig, *, device: torch.device | str
         denoiser.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit its config.json: {error}") from error
-    return denoiser.to(dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return denoiser.to(dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def _digest(path: Path) -> bytes:

@@ -14,6 +14,7 @@ from t2i_experts.cascade.model_folder import LoadedModel, load_model
 from t2i_experts.cascade.picture import to_uint8
 from t2i_experts.cascade.stage import Progress, Stage
 from t2i_experts.config import SamplingConfig
+from t2i_experts.shards.order import position_rng
 from t2i_experts.types import Conditioning
 
 
@@ -33,8 +34,7 @@ def start_noise(seed: int, index: int, shape: tuple[int, int, int]) -> Tensor:
     for name, value in (("seed", seed), ("index", index)):
         if value < 0:
             raise ValueError(f"{name}={value} must not be negative")
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, index))))
-    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+    return torch.from_numpy(position_rng(seed, index, "start noise").standard_normal(shape, dtype=np.float32))
 
 
 class CascadePipeline:
@@ -71,9 +71,18 @@ class CascadePipeline:
         """Sides in pixels of the pictures that this model can make."""
         return [stage.config.size for stage in self.model.stages.values()]
 
-    def settings(self, **changes: object) -> SamplingConfig:
-        """The model's own sampling settings with the given fields changed; None leaves a field as it is."""
-        return replace(self.base.sampling, **{name: value for name, value in changes.items() if value is not None})
+    def settings(
+        self, *, sampler: str | None = None, steps: int | None = None, guidance: float | None = None, threshold: float | None = None
+    ) -> SamplingConfig:
+        """The model's own sampling settings with the given ones in their place; None leaves one as it is."""
+        own = self.base.sampling
+        return replace(
+            own,
+            sampler=own.sampler if sampler is None else sampler,
+            steps=own.steps if steps is None else steps,
+            guidance=own.guidance if guidance is None else guidance,
+            threshold=own.threshold if threshold is None else threshold,
+        )
 
     @torch.no_grad()
     def __call__(

@@ -61,7 +61,7 @@ def generate(
         raise ValueError(f"--size={size}; this model makes {', '.join(map(str, pipeline.sizes))} px")
     settings = pipeline.settings(steps=steps, guidance=guidance, sampler=sampler, threshold=threshold)
     warn_of_truncation(pipeline, texts)
-    bar = _progress_bar(len(jobs) * settings.steps, disable=as_json)
+    bar = _progress_bar(-(-len(jobs) // batch_size) * settings.steps, disable=as_json)
     pictures: list[dict[str, Any]] = []
     for start in range(0, len(jobs), batch_size):
         batch = range(start, min(start + batch_size, len(jobs)))
@@ -72,7 +72,7 @@ def generate(
             seed=seed,
             indices=batch,
             sampling=settings,
-            progress=lambda done, steps, denoised, images=len(batch): bar.update(images),
+            progress=lambda done, steps, denoised: bar.update(),
         )
         for i, image in zip(batch, images, strict=True):
             facts = {"prompt": jobs[i][0], "negative": negative, "seed": seed, "index": i, "style": style and str(style)}

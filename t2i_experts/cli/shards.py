@@ -131,7 +131,7 @@ def _workers(workers: int | None) -> int:
 
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr with a rate and an end time, from the first sample on."""
+    """A bar on stderr with a rate and an end time, from the moment at which the number of samples is known."""
     from tqdm import tqdm
 
     with contextlib.ExitStack() as stack:

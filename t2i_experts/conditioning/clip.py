@@ -22,7 +22,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from t2i_experts.conditioning.frozen import device_of, dtype_named, freeze, frozen_forward, local_folder
+from t2i_experts.conditioning.frozen import device_of, dtype_named, freeze, frozen_forward, local_folder, to_device
 from t2i_experts.conditioning.spans import cleaned_spans, covering
 from t2i_experts.config import EncoderConfig
 from t2i_experts.types import Embedding, Span, Tokens
@@ -205,9 +205,9 @@ class CLIPTextEncoder:
     def encode(self, tokens: Tokens) -> Embedding:
         """Features of every token, and the projected feature of the end token."""
         device = device_of(self.model)
-        mask = tokens.mask.to(device, non_blocking=True)
+        mask = to_device(tokens.mask, device)
         length = mask.shape[1]
-        ids = nn.functional.pad(tokens.ids.to(device, non_blocking=True), (0, self._context - length))
+        ids = nn.functional.pad(to_device(tokens.ids, device), (0, self._context - length))
         with frozen_forward(device):
             output = self.model.forward_intermediates(text=ids, text_indices=1, normalize=False, normalize_intermediates=True)
             hidden: Tensor = output["text_intermediates"][-1][:, :length].float()

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from t2i_experts.conditioning.frozen import device_of, local_folder
+from t2i_experts.conditioning.frozen import device_of, local_folder, to_device
 from t2i_experts.conditioning.frozen import fingerprint as weights_fingerprint
 from t2i_experts.config import EncoderConfig
 from t2i_experts.registry import registry
@@ -189,7 +189,7 @@ def _blank(tokens: Tokens) -> Tensor:
 def _rows(inputs: Tokens | Tensor, rows: Tensor) -> Tokens | Tensor:
     """The given rows of a batch of tokens or images."""
     if isinstance(inputs, Tensor):
-        return inputs[rows.to(inputs.device)]
+        return inputs[to_device(rows, inputs.device)]
     picked = rows.tolist()
     spans, truncated = tuple(inputs.spans[i] for i in picked), tuple(inputs.truncated[i] for i in picked)
     return Tokens(inputs.ids[rows], inputs.mask[rows], spans, truncated)
@@ -216,7 +216,7 @@ def _scattered(encoder: Encoder, kept: Tensor, inputs: Tokens | Tensor | None) -
     if len(rows) == len(kept):
         return encoder.encode(inputs)
     encoded = encoder.encode(_rows(inputs, rows))
-    rows = rows.to(result.mask.device)
+    rows = to_device(rows, result.mask.device)
     result.tokens[rows] = encoded.tokens
     result.mask[rows] = encoded.mask
     if result.pooled is not None and encoded.pooled is not None:

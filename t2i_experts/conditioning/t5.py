@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from torch.nn.functional import pad
 
-from t2i_experts.conditioning.frozen import device_of, dtype_named, freeze, frozen_forward, local_folder
+from t2i_experts.conditioning.frozen import device_of, dtype_named, freeze, frozen_forward, local_folder, to_device
 from t2i_experts.conditioning.spans import trimmed
 from t2i_experts.config import EncoderConfig
 from t2i_experts.types import Embedding, Span, Tokens
@@ -72,6 +73,20 @@ class T5Tokenizer:
         return encoded["ids"], spans
 
 
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keeps transformers' progress bars off stderr, which belongs to the command."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 class T5Encoder:
     """A frozen T5 encoder: token features (B, L, D) after its final norm, zero at padding; no pooled vector.
 
@@ -111,7 +126,8 @@ class T5Encoder:
         source = config.model if folder is None else str(folder)
         try:
             vocabulary = cached_file(source, VOCABULARY)
-            model, report = T5EncoderModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
+            with _no_progress_bar():
+                model, report = T5EncoderModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
         except OSError as error:
             place = "is not a local folder and cannot be loaded from the hub" if folder is None else "is not a complete T5 folder"
             raise ValueError(f"encoder model {config.model!r} {place}: {error}") from error
@@ -126,10 +142,10 @@ class T5Encoder:
         """Features of every token; the network runs on the longest prompt's length and not on the padding after it."""
         device = device_of(self.model)
         length = max(1, int(tokens.mask.sum(dim=1).max()))
-        mask = tokens.mask.to(device, non_blocking=True)
+        mask = to_device(tokens.mask, device)
         with frozen_forward(device):
             hidden: Tensor = self.model(
-                input_ids=tokens.ids[:, :length].to(device, non_blocking=True), attention_mask=mask[:, :length].long()
+                input_ids=to_device(tokens.ids[:, :length], device), attention_mask=mask[:, :length].long()
             ).last_hidden_state  # (B, length, D)
             hidden = hidden.float().masked_fill(~mask[:, :length, None], 0.0)
         return Embedding(pad(hidden, (0, 0, 0, mask.shape[1] - length)), mask)

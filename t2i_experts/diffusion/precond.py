@@ -28,7 +28,10 @@ class EDMPrecond(nn.Module):
     with sd = sigma_data, so that the network's input and training target have unit variance at every noise level.
     """
 
-    def __init__(self, network: nn.Module, sigma_data: float = 0.5) -> None:
+    network: Network
+
+    def __init__(self, network: Network, sigma_data: float = 0.5) -> None:
+        """network: an `nn.Module`."""
         super().__init__()
         self.network = network
         self.sigma_data = sigma_data

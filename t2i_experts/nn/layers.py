@@ -45,7 +45,9 @@ class ResidualBlock(nn.Module):
     The block of ADM (Dhariwal & Nichol 2021, resblock_updown) with a norm over channels. The last convolution starts at zero.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, embedding_channels: int, *, mode: Resample = "keep", dropout: float = 0.0) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, embedding_channels: int, *, mode: Resample = "keep", dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.mode: Resample = mode
         self.dropout = dropout

@@ -64,6 +64,7 @@ def build_shards(
         raise ValueError(f"nothing to build from {source}: {len(found)} pictures listed; {_reasons(skipped) or 'none found'}")
     keyed = sorted(zip(keys_for([record.name for record in records]), records, strict=True), key=lambda pair: pair[0])
     written = 0
+    progress(0, len(keyed))
     with ShardWriter(out, samples_per_shard=options.samples_per_shard) as writer:
         for done, (key, record, prepared) in enumerate(_prepared(keyed, options), start=1):
             if isinstance(prepared, ValueError):

@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
 from t2i_experts.shards.format import MANIFEST, Manifest, ShardEntry, Statistics, parse_captions
 from t2i_experts.shards.images import verify
-from t2i_experts.shards.index import save_index, scan, unpack_row, without
+from t2i_experts.shards.index import Row, save_index, scan
 
-_ROWS_A_TASK = 64
+_ROWS_A_TASK = 16
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -63,7 +61,7 @@ class _Tar:
 
     entry: ShardEntry
     statistics: Statistics
-    rows: np.ndarray
+    rows: tuple[Row, ...]
     broken: tuple[Problem, ...]
     incomplete: tuple[Problem, ...]
     unsorted: str | None
@@ -133,9 +131,10 @@ def _check_tar(path: Path, pool: ThreadPoolExecutor, workers: int, progress: Cal
     """Raises ValueError for a tar that cannot be read or must not be."""
     digest = pool.submit(_sha256, path)
     found = scan(path)
-    pieces = (range(i, min(i + _ROWS_A_TASK, len(found.rows))) for i in range(0, len(found.rows), _ROWS_A_TASK))
+    pieces = (found.rows[i : i + _ROWS_A_TASK] for i in range(0, len(found.rows), _ROWS_A_TASK))
     samples: list[_Sample] = []
-    for piece in _in_order(pool, workers, functools.partial(_read_samples, path, found.rows), pieces):
+    progress(0, len(found.rows))
+    for piece in _in_order(pool, workers, functools.partial(_read_samples, path), pieces):
         samples += piece
         progress(len(samples), len(found.rows))
     good = [sample for sample in samples if sample.problem is None]
@@ -144,7 +143,7 @@ def _check_tar(path: Path, pool: ThreadPoolExecutor, workers: int, progress: Cal
     return _Tar(
         ShardEntry(path.name, len(good), path.stat().st_size, digest.result(), skipped),
         Statistics.of([n for sample in good for n in sample.caption_characters], [sample.size for sample in good]),
-        without(found.rows, skipped),
+        tuple(row for row, sample in zip(found.rows, samples, strict=True) if sample.problem is None),
         broken,
         tuple(Problem(path.name, key, detail) for key, detail in found.incomplete),
         found.unsorted,
@@ -157,19 +156,18 @@ def _after(before: int, progress: Callable[[int, int], None], done: int, total: 
 
 def _notes(tars: Iterable[_Tar]) -> Iterator[str]:
     """What is no obstacle here, but may be elsewhere."""
-    seen: set[bytes] = set()
-    repeated: list[bytes] = []
+    seen: set[str] = set()
+    repeated: list[str] = []
     for tar in tars:
         if tar.unsorted is not None:
             yield (
                 f"{tar.entry.file} is not sorted: the members of {tar.unsorted!r} do not stand together. They are read correctly "
                 "here; readers that go through a tar from its beginning would see two halves"
             )
-        keys = tar.rows["key"].tolist()
-        repeated += [key for key in keys if key in seen]
-        seen.update(keys)
+        repeated += [row.key for row in tar.rows if row.key in seen]
+        seen.update(row.key for row in tar.rows)
     if repeated:
-        yield f"{len(repeated)} keys occur in more than one tar, such as {repeated[0].decode()!r}"
+        yield f"{len(repeated)} keys occur in more than one tar, such as {repeated[0]!r}"
 
 
 def _differences(known: ShardEntry | None, found: ShardEntry) -> Iterator[Problem]:
@@ -187,13 +185,12 @@ def _sha256(tar: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_samples(tar: Path, rows: np.ndarray, which: range) -> list[_Sample]:
+def _read_samples(tar: Path, rows: Iterable[Row]) -> list[_Sample]:
     """Reads and decodes some samples of a tar."""
     found = []
     file = os.open(tar, os.O_RDONLY)
     try:
-        for i in which:
-            row = unpack_row(rows, i)
+        for row in rows:
             try:
                 image, text, fields = (
                     os.pread(file, place[1], place[0]) if place[0] else None for place in (row.image, row.text, row.fields)

@@ -13,7 +13,9 @@ MAX_PIXELS = 2**27
 """A larger picture is refused before it is decoded: a small file can claim any size (a decompression bomb)."""
 
 STORED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-"""Pillow's names of the formats that shards hold, with their extensions. MPO is a JPEG with further pictures behind it."""
+"""Pillow's names of the formats that shards hold, with their extensions. MPO, a JPEG with further pictures behind it, is opened as JPEG."""
+
+_READ = ("JPEG", "PNG", "WEBP")
 
 CONVERTED = ("BMP", "GIF", "TIFF")
 """Formats that become PNG when shards are built."""
@@ -33,7 +35,7 @@ _TURNS = {
 
 
 @contextmanager
-def open_image(data: bytes, formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")) -> Iterator[Image.Image]:
+def open_image(data: bytes, formats: tuple[str, ...] = _READ) -> Iterator[Image.Image]:
     """The picture in `data`, opened but not yet decoded. ValueError for whatever goes wrong with it, also inside the block."""
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
@@ -90,7 +92,7 @@ def prepare(data: bytes, shorter_side: int | None = None) -> tuple[bytes, str]:
     (Lanczos, as in `square`) with their EXIF orientation applied, into JPEG at quality 95 without chroma subsampling, or into PNG
     if the source was lossless or has transparency. Everything that is returned has been decoded once. Raises ValueError.
     """
-    with open_image(data, (*STORED, *CONVERTED)) as image:
+    with open_image(data, (*_READ, *CONVERTED)) as image:
         kind = image.format or ""
         if kind in STORED and (shorter_side is None or min(image.size) <= shorter_side):
             image.draft(None, (1, 1))

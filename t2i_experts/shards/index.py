@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import struct
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from t2i_experts.shards.format import IMAGE_EXTENSIONS, ShardEntry, Statistics, split_member, write_atomically
 
 _SUFFIX = ".index"
+_BLOCK = 512
 _HEADER = "t2i-experts shard index 1"
 
 
@@ -29,32 +28,44 @@ class Row:
     fields: tuple[int, int]
 
 
-def pack_rows(rows: Sequence[Row]) -> np.ndarray:
-    """(N,) structured array of the rows, sorted by the key's bytes, whatever their order in the tar."""
-    packed = sorted((row.key.encode(), *row.image, *row.text, *row.fields) for row in rows)
-    return np.array(packed, dtype=_row_type(max((len(row[0]) for row in packed), default=1)))
+@dataclass(frozen=True)
+class IndexFile:
+    """Where the rows of a shard lie in its index file: one after another, each in `row_bytes` bytes."""
+
+    path: Path
+    offset: int
+    key_bytes: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return struct.calcsize(_row_format(self.key_bytes))
+
+    def place(self, i: int) -> tuple[int, int]:
+        """(offset, bytes) of row i in the file."""
+        return self.offset + i * self.row_bytes, self.row_bytes
+
+    def unpack(self, data: bytes) -> Row:
+        """The row in the bytes from its place."""
+        key, *numbers = struct.unpack(_row_format(self.key_bytes), data)
+        image, text, fields = zip(numbers[::2], numbers[1::2], strict=True)
+        return Row(key.rstrip(b"\0").decode(), image, text, fields)
 
 
-def unpack_row(rows: np.ndarray, i: int) -> Row:
-    """One row of a packed array."""
-    key, image, image_bytes, text, text_bytes, fields, fields_bytes = rows[i].item()
-    return Row(key.decode(), (image, image_bytes), (text, text_bytes), (fields, fields_bytes))
-
-
-def _row_type(key_bytes: int) -> np.dtype[Any]:
-    numbers = ("image", "image_bytes", "text", "text_bytes", "fields", "fields_bytes")
-    return np.dtype([("key", f"S{key_bytes}"), *((name, "<i8") for name in numbers)])
+def _row_format(key_bytes: int) -> str:
+    return f"<{key_bytes}s6q"
 
 
 @dataclass(frozen=True)
 class Scan:
     """What a walk over a tar's headers finds.
 
-    rows: the complete samples, packed. incomplete: (key, what is wrong) for the others. unsorted: a key whose members do not
-    stand together, so that sequential readers would see it as two halves; None if there is no such key.
+    rows: the complete samples, in ascending order of the bytes of their keys, whatever their order in the tar.
+    incomplete: (key, what is wrong) for the others. unsorted: a key whose members do not stand together, so that sequential readers
+    would see it as two halves; None if there is no such key.
     """
 
-    rows: np.ndarray
+    rows: tuple[Row, ...]
     incomplete: tuple[tuple[str, str], ...] = ()
     unsorted: str | None = None
 
@@ -67,10 +78,11 @@ def scan(tar: Path) -> Scan:
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     wrong: dict[str, str] = {}
     unsorted: str | None = None
-    last = ""
+    last, end = "", 0
     try:
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
+                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
                 name = split_member(member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
                 if member.isdir():
                     continue
@@ -86,6 +98,7 @@ def scan(tar: Path) -> Scan:
                 if extension in members:
                     wrong[key] = f"it has two members .{extension}"
                 members[extension] = (member.offset_data, member.size)
+        _check_end(tar, end)
     except (tarfile.TarError, ValueError, OSError, EOFError) as error:
         raise ValueError(f"{tar}: cannot be read as an uncompressed tar: {error}") from error
     rows = []
@@ -97,26 +110,38 @@ def scan(tar: Path) -> Scan:
             wrong.setdefault(key, "it has no caption (txt or json)")
         if key not in wrong:
             rows.append(Row(key, images[0], members.get("txt", (0, 0)), members.get("json", (0, 0))))
-    return Scan(pack_rows(rows), tuple(sorted(wrong.items())), unsorted)
+    rows.sort(key=lambda row: row.key.encode())
+    return Scan(tuple(rows), tuple(sorted(wrong.items())), unsorted)
 
 
-def without(rows: np.ndarray, keys: Sequence[str]) -> np.ndarray:
-    """The packed rows without those of some keys."""
-    left_out = [key.encode() for key in keys]
-    return rows[~np.isin(rows["key"], left_out)] if left_out else rows
+def _check_end(tar: Path, end: int) -> None:
+    """Raises ValueError unless only zeros follow the last member, and at least one block of them.
+
+    Python's tarfile takes a damaged header for the end of the archive, and reads only the first of several concatenated archives.
+    """
+    with open(tar, "rb") as file:
+        file.seek(end)
+        if len(file.read(_BLOCK)) < _BLOCK:
+            raise ValueError("it ends without an end mark: writing it was not finished")
+        file.seek(end)
+        while chunk := file.read(2**20):
+            if chunk.count(0) < len(chunk):
+                raise ValueError(f"after byte {end} it is damaged, or a second archive has been appended")
 
 
-def save_index(folder: Path, entry: ShardEntry, statistics: Statistics, rows: np.ndarray) -> None:
-    """Writes the index file of a shard: a line of JSON, padded to a multiple of 64 bytes, then the packed rows."""
+def save_index(folder: Path, entry: ShardEntry, statistics: Statistics, rows: Sequence[Row]) -> None:
+    """Writes the index file of a shard: a line of JSON, padded to a multiple of 64 bytes, then the rows."""
+    key_bytes = max((len(row.key.encode()) for row in rows), default=1)
     head = {
         "kind": _HEADER,
-        "key_bytes": rows.dtype["key"].itemsize,
+        "key_bytes": key_bytes,
         "entry": dataclasses.asdict(entry),
         "statistics": dataclasses.asdict(statistics),
     }
     line = json.dumps(head).encode()
     line += b" " * (-(len(line) + 1) % 64) + b"\n"
-    write_atomically((folder / entry.file).with_suffix(_SUFFIX), [line, rows.tobytes()])
+    packed = (struct.pack(_row_format(key_bytes), row.key.encode(), *row.image, *row.text, *row.fields) for row in rows)
+    write_atomically((folder / entry.file).with_suffix(_SUFFIX), [line, *packed])
 
 
 def read_index_header(tar: Path) -> dict[str, Any] | None:
@@ -130,8 +155,8 @@ def read_index_header(tar: Path) -> dict[str, Any] | None:
         return None
 
 
-def open_index(folder: Path, entry: ShardEntry) -> np.ndarray:
-    """The packed rows of a shard: mapped from its index file if that belongs to the entry, otherwise from a scan.
+def open_index(folder: Path, entry: ShardEntry) -> IndexFile | tuple[Row, ...]:
+    """The index file of a shard if it belongs to the entry; otherwise the rows themselves, from a scan of the tar.
 
     Raises ValueError if the tar is missing or is not the one that the manifest describes.
     """
@@ -142,10 +167,11 @@ def open_index(folder: Path, entry: ShardEntry) -> np.ndarray:
         raise ValueError(f"{tar} {found}: run `t2i-experts shards check {folder}`")
     head = read_index_header(tar)
     if head is not None and head.get("entry") == {**dataclasses.asdict(entry), "skipped": list(entry.skipped)}:
-        dtype, path = _row_type(head["key_bytes"]), tar.with_suffix(_SUFFIX)
-        if os.path.getsize(path) == head["offset"] + entry.samples * dtype.itemsize:
-            return np.memmap(path, dtype, "r", head["offset"], (entry.samples,)) if entry.samples else np.empty(0, dtype)
-    rows = without(scan(tar).rows, entry.skipped)
+        index = IndexFile(tar.with_suffix(_SUFFIX), head["offset"], head["key_bytes"])
+        if index.path.stat().st_size == index.offset + entry.samples * index.row_bytes:
+            return index
+    skipped = set(entry.skipped)
+    rows = tuple(row for row in scan(tar).rows if row.key not in skipped)
     if len(rows) != entry.samples:
         raise ValueError(f"{tar} has {len(rows)} samples where the manifest says {entry.samples}: run `t2i-experts shards check {folder}`")
     return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -56,7 +56,7 @@ def open_loader(
     rank: int,
     world_size: int,
     workers: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """collate(samples) for each of `position_batches`, in order, read ahead by `workers` processes (0: in this one).
 
     Tensors in lists, tuples and dicts are in pinned memory where there is CUDA; another class of batch needs a method `pin_memory`.
@@ -102,7 +102,7 @@ def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
-def _unpacked(batches: Iterator[Batch | _Unreadable]) -> Iterator[Batch]:
+def _unpacked(batches: Iterator[Batch | _Unreadable]) -> Generator[Batch, None, None]:
     for batch in batches:
         if isinstance(batch, _Unreadable):
             raise ValueError(str(batch))

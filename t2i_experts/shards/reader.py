@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from t2i_experts.shards.format import Manifest, ShardEntry, parse_captions
-from t2i_experts.shards.index import open_index, unpack_row
+from t2i_experts.shards.index import IndexFile, Row, open_index
 from t2i_experts.shards.order import GlobalOrder, position_rng
 from t2i_experts.shards.transforms import decode_image
 
@@ -72,8 +71,8 @@ class ShardReader:
             raise ValueError(f"no samples in the shard folders {[str(folder) for folder in folders]}")
         self.dataset_hash = hashlib.sha256("\n".join(manifest.hash for _, manifest in manifests).encode()).hexdigest()
         self.order = GlobalOrder(self.samples, self.dataset_hash, seed)
-        self._rows: dict[int, np.ndarray] = {}
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._indices: dict[int, IndexFile | tuple[Row, ...]] = {}
+        self._files: OrderedDict[Path, int] = OrderedDict()
 
     def __getitem__(self, position: int) -> Sample:
         """The sample at a position of the global order, with one of its captions. Raises ValueError for one that cannot be read."""
@@ -93,15 +92,14 @@ class ShardReader:
             raise IndexError(f"index {index} is not in [0, {self.samples})")
         shard = bisect.bisect_right(self._ends, index)
         folder, entry = self._shards[shard]
-        if shard not in self._rows:
-            self._rows[shard] = open_index(folder, entry)
-        row = unpack_row(self._rows[shard], index - self._ends[shard] + entry.samples)
+        tar = folder / entry.file
+        row = self._row(shard, index - self._ends[shard] + entry.samples)
         try:
-            image, text, fields = (self._read(shard, *place) for place in (row.image, row.text, row.fields))
+            image, text, fields = (self._read(tar, *place) for place in (row.image, row.text, row.fields))
             captions, metadata = parse_captions(text if row.text[0] else None, fields if row.fields[0] else None)
         except (ValueError, OSError) as error:
-            raise self._broken(folder / entry.file, row.key, error) from error
-        return RawSample(folder / entry.file, row.key, image, captions, metadata)
+            raise self._broken(tar, row.key, error) from error
+        return RawSample(tar, row.key, image, captions, metadata)
 
     def _sample(self, position: int, raw: RawSample, caption: str) -> Sample:
         try:
@@ -114,20 +112,26 @@ class ShardReader:
         remedy = f"`t2i-experts shards check {tar.parent} --write-manifest` leaves out what is broken"
         return ValueError(f"{tar}: sample {key!r}: {error}; {remedy}")
 
-    def _read(self, shard: int, offset: int, length: int) -> bytes:
-        """Bytes of a tar. The most recently used files stay open."""
+    def _row(self, shard: int, i: int) -> Row:
+        """Where sample i of a shard lies, from its index file, or from a scan of the tar that is then kept in memory."""
+        if shard not in self._indices:
+            self._indices[shard] = open_index(*self._shards[shard])
+        index = self._indices[shard]
+        return index.unpack(self._read(index.path, *index.place(i))) if isinstance(index, IndexFile) else index[i]
+
+    def _read(self, path: Path, offset: int, length: int) -> bytes:
+        """Bytes of a file, none at offset 0, where no member lies. The most recently used files stay open."""
         if not offset:
             return b""
-        if shard in self._files:
-            self._files.move_to_end(shard)
+        if path in self._files:
+            self._files.move_to_end(path)
         else:
-            folder, entry = self._shards[shard]
-            self._files[shard] = os.open(folder / entry.file, os.O_RDONLY)
+            self._files[path] = os.open(path, os.O_RDONLY)
             if len(self._files) > _OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-        data = os.pread(self._files[shard], length, offset)
+        data = os.pread(self._files[path], length, offset)
         if len(data) != length:
-            raise ValueError(f"the tar ends within it ({len(data)} of {length} bytes)")
+            raise ValueError(f"{path} ends within it ({len(data)} of {length} bytes)")
         return data
 
     def close(self) -> None:
@@ -140,4 +144,4 @@ class ShardReader:
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rows": {}, "_files": OrderedDict()}
+        return {**self.__dict__, "_indices": {}, "_files": OrderedDict()}

@@ -19,7 +19,7 @@ from t2i_experts.shards.format import (
     split_member,
 )
 from t2i_experts.shards.images import image_size
-from t2i_experts.shards.index import Row, pack_rows, read_index_header, save_index
+from t2i_experts.shards.index import Row, read_index_header, save_index
 
 _BLOCK = 512
 
@@ -155,7 +155,7 @@ class _Shard:
         os.fsync(self._file.fileno())
         self._file.close()
         entry = ShardEntry(self._path.name, self.samples, self._bytes, self._sha256.hexdigest())
-        save_index(self._path.parent, entry, Statistics.of(self._caption_characters, self._image_sizes), pack_rows(self._rows))
+        save_index(self._path.parent, entry, Statistics.of(self._caption_characters, self._image_sizes), self._rows)
         os.replace(self._partial, self._path)
 
     def abandon(self) -> None:

@@ -12,7 +12,7 @@ class EMA:
     """A float32 copy of a network that follows it: beta = 0.5^(batch / half-life), half-life = min(halflife_kimg, rampup * images seen)."""
 
     def __init__(self, network: nn.Module, halflife_kimg: float, rampup: float = 0.05) -> None:
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.network: nn.Module = copy.deepcopy(network).eval().requires_grad_(False)
         self.halflife_kimg = halflife_kimg
         self.rampup = rampup
 
@@ -24,7 +24,7 @@ class EMA:
     @torch.no_grad()
     def update(self, network: nn.Module, batch: int, images_seen: int) -> None:
         """Moves the average towards the weights of `network`, which has the architecture that it was made from."""
-        mean, now = list(self.network.parameters()), [p.detach() for p in network.parameters()]
+        mean, now = ([p.detach() for p in module.parameters()] for module in (self.network, network))
         torch._foreach_lerp_(mean, now, 1 - self.beta(batch, images_seen))
         for average, buffer in zip(self.network.buffers(), network.buffers(), strict=True):
             average.copy_(buffer)

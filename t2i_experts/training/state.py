@@ -108,12 +108,17 @@ def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> d
 
 
 def restore_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; each tensor goes to its parameter's device, the step counter where the optimiser wants it."""
-    names = {name: i for i, (name, _) in enumerate(network.named_parameters())}
+    """The inverse of `optimizer_tensors`.
+
+    Each moment gets its parameter's strides: the fused AdamW walks through memory, and a file knows nothing of channels-last.
+    """
+    parameters = {name: (i, parameter) for i, (name, parameter) in enumerate(network.named_parameters())}
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, field = key.rsplit("/", 1)
-        state.setdefault(names[name], {})[field] = tensor
+        i, parameter = parameters[name]
+        moment = tensor.shape == parameter.shape
+        state.setdefault(i, {})[field] = torch.empty_like(parameter.detach()).copy_(tensor) if moment else tensor
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

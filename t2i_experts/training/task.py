@@ -83,12 +83,15 @@ class DiffusionTask:
 
         Seeds torch's generators from (seed, first position), so that the noise of a batch is the same whenever the run comes to it.
         """
-        torch.manual_seed(int(np.random.SeedSequence((self.seed, batch.positions[0])).generate_state(1)[0]))
+        seed = int(position_rng(self.seed, batch.positions[0], "noise").integers(2**63))
+        torch.manual_seed(seed)  # for dropout
+        generator = torch.Generator(self.device).manual_seed(seed)
         images = self.images(batch)
         conditioning = self.conditioner.encode(batch.tokens, images, batch.drops)
-        sigma = self.noise.sample((len(batch.positions),), device=self.device)
+        sigma = self.noise.sample((len(batch.positions),), generator=generator)
+        eps = torch.randn(images.shape, generator=generator, device=self.device)
         with self.autocast():
-            return self.loss(denoiser, images, sigma, torch.randn_like(images), conditioning)
+            return self.loss(denoiser, images, sigma, eps, conditioning)
 
     def autocast(self) -> torch.autocast:
         """The precision that the denoiser computes in; its weights stay float32."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ class Trainer:
     def _sizes(self) -> dict[str, Any]:
         return {"parameters": sum(p.numel() for p in self.network.parameters()), "samples": self.reader.samples}
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         """This process's micro-batches from where the run stands, without end."""
         training = self.config.training
         return open_loader(
@@ -199,7 +199,9 @@ class Trainer:
             step = int((~norms.isfinite()).nonzero()[0])
             accumulation = self.config.training.accumulation
             bad = [keys for keys, _ in self._recent[step * accumulation : (step + 1) * accumulation]]
-        total = self.accelerator.reduce(torch.stack([losses.mean().nan_to_num(), torch.tensor(float(bool(bad)), device=self.device)]), "sum")
+        total = self.accelerator.reduce(
+            torch.stack([losses.mean().nan_to_num(), torch.tensor(float(bool(bad)), device=self.device)]), "sum"
+        )
         if float(total[1]):
             newest = checkpoints(self.root)[-1:]
             keys = f"first batch on this process: {', '.join(bad[0])}" if bad else "in a batch of another process"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from t2i_experts.diffusion.noise import LogNormalSigma
+from t2i_experts.shards.order import position_rng
 from t2i_experts.shards.reader import ShardReader
 from t2i_experts.training.task import DiffusionTask
 from t2i_experts.types import Denoiser
@@ -96,5 +97,4 @@ def validate(
 
 def _noise(index: int, shape: torch.Size) -> Tensor:
     """The fixed noise of validation image `index`."""
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((0, index))))
-    return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
+    return torch.from_numpy(position_rng(0, index, "validation noise").standard_normal(tuple(shape), dtype=np.float32))

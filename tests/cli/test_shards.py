@@ -1,0 +1,119 @@
+"""`t2i-experts shards` as a stranger uses it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from t2i_experts.cli.app import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = 0
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as exit:
+        code = int(exit.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "trip").mkdir(parents=True)
+    for i, name in enumerate(("a", "b", "trip/c")):
+        pixels = np.random.default_rng(i).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.jpg")
+        (folder / f"{name}.txt").write_text(f"picture {name}\n猫 🐈 {name}\n", encoding="utf-8")
+    return folder
+
+
+def test_build_check_and_show(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "data"
+    code, stdout, stderr = run(capsys, "shards", "build", photos, "--out", out)
+    assert code == 0 and "3 samples with 6 captions in 1 tars" in stdout and "samples/s" in stderr
+    code, stdout, stderr = run(capsys, "shards", "check", out)
+    assert code == 0 and "good: 3 samples" in stdout and "samples/s" in stderr
+    code, stdout, _ = run(capsys, "shards", "show", out, 2, "--out", tmp_path / "c.jpg")
+    assert code == 0 and "caption: 猫 🐈 trip/c" in stdout and "file: trip/c.jpg" in stdout
+    assert (tmp_path / "c.jpg").read_bytes() == (photos / "trip/c.jpg").read_bytes()
+
+
+def test_json_is_one_document_on_stdout(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "b.jpg").write_bytes(b"broken")
+    code, stdout, _ = run(capsys, "shards", "build", photos, "--out", tmp_path / "data", "--json", "--resize", 16, "--samples-per-shard", 1)
+    built = json.loads(stdout)
+    assert code == 0 and built["samples"] == 2 and len(built["shards"]) == 2
+    assert built["skipped"]["picture cannot be decoded"] == {"count": 1, "first": ["b.jpg: it is no picture of a known format"]}
+    assert built["statistics"]["image_height"] == {"count": 2, "min": 16, "max": 16, "total": 32}
+    code, stdout, _ = run(capsys, "shards", "check", tmp_path / "data", "--json")
+    checked = json.loads(stdout)
+    assert code == 0 and checked["good"] and checked["hash"] == built["hash"] and not checked["manifest_written"]
+    code, stdout, _ = run(capsys, "shards", "show", tmp_path / "data", "--json")
+    assert code == 0 and json.loads(stdout)["captions"] == ["picture a", "猫 🐈 a"]
+
+
+def test_what_is_skipped_is_said(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "a.txt").unlink()
+    code, _, stderr = run(capsys, "shards", "build", photos, "--out", tmp_path / "data", "--workers", 2)
+    assert code == 0 and "skipped, picture without a caption: 1\n  a.jpg" in stderr
+
+
+def test_csv_with_images_elsewhere(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "list.csv").write_text("file,caption\na.jpg,one\na.jpg,two\n")
+    code, stdout, _ = run(capsys, "shards", "build", tmp_path / "list.csv", "--images", photos, "--out", tmp_path / "data")
+    assert code == 0 and "1 samples with 2 captions" in stdout
+
+
+def test_a_failed_check_exits_with_1(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "data"
+    run(capsys, "shards", "build", photos, "--out", out)
+    tar = out / "00000.tar"
+    tar.write_bytes(tar.read_bytes().replace(b"picture b", b"picture x"))
+    code, stdout, stderr = run(capsys, "shards", "check", out)
+    assert code == 1 and "1 problems" in stdout and "problem: 00000.tar: has sha256" in stderr
+    code, stdout, _ = run(capsys, "shards", "check", out, "--json")
+    assert code == 1 and not json.loads(stdout)["good"]
+    code, stdout, _ = run(capsys, "shards", "check", out, "--write-manifest")
+    assert code == 0 and "manifest written" in stdout
+    assert run(capsys, "shards", "check", out)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build", "{photos}", "--out", "{photos}"], "is not empty"),
+        (["build", "{photos}/none", "--out", "{tmp}/x"], "source not found"),
+        (["build", "{photos}", "--out", "{tmp}/x", "--resize", "0"], "--resize=0"),
+        (["build", "{photos}", "--out", "{tmp}/x", "--kind", "folders"], "did you mean 'folder'"),
+        (["build", "{photos}", "--out", "{tmp}/x", "--resize", "big"], "--resize"),
+        (["check", "{tmp}/none"], "not found"),
+        (["check", "{photos}"], "holds no tars"),
+        (["show", "{photos}"], "shards build"),
+    ],
+)
+def test_mistakes_exit_with_2_and_one_message(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    code, stdout, stderr = run(capsys, "shards", *(argument.format(photos=photos, tmp=tmp_path) for argument in arguments))
+    assert code == 2 and stdout == "" and message in stderr and "Traceback" not in stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_show_names_the_range(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "shards", "build", photos, "--out", tmp_path / "data")
+    code, _, stderr = run(capsys, "shards", "show", tmp_path / "data", 3)
+    assert code == 2 and re.search(r"INDEX=3 must lie in \[0, 3\)", stderr)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, t2i_experts.cli.shards; print([m for m in ('torch', 'numpy', 'PIL', 'tqdm') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,111 @@
+"""Batches over ranks and workers: together always the same global order, from any position."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2i_experts.shards.loader import open_loader, position_batches
+from t2i_experts.shards.reader import Sample, ShardReader
+
+MakeShards = Callable[..., Path]
+Seen = list[tuple[int, str, str]]
+
+
+def collate(samples: Sequence[Sample]) -> tuple[Seen, torch.Tensor]:
+    return [(s.position, s.key, s.caption) for s in samples], torch.stack([s.image for s in samples])
+
+
+def gather(reader: ShardReader, start: int, stop: int, batch_size: int, accumulation: int, world_size: int, workers: int) -> Seen:
+    """All ranks' samples, joined batch by batch as the ranks' parts follow each other."""
+    ranks = [
+        list(
+            open_loader(
+                reader,
+                collate,
+                start=start,
+                stop=stop,
+                batch_size=batch_size,
+                accumulation=accumulation,
+                rank=rank,
+                world_size=world_size,
+                workers=workers,
+            )
+        )
+        for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    seen: Seen = []
+    for first in range(0, len(ranks[0]), accumulation):
+        for batches in ranks:
+            for samples, images in batches[first : first + accumulation]:
+                assert images.shape == (batch_size // world_size // accumulation, 3, 4, 4) and images.dtype == torch.uint8
+                seen += samples
+    return seen
+
+
+@pytest.fixture
+def reader(tmp_path: Path, make_shards: MakeShards) -> ShardReader:
+    return ShardReader([make_shards(tmp_path, 13)], size=4, seed=5)
+
+
+@pytest.mark.parametrize(("world_size", "accumulation", "workers"), [(1, 1, 0), (2, 1, 0), (4, 2, 0), (1, 2, 2), (2, 1, 2), (4, 1, 2)])
+@pytest.mark.parametrize("start", [0, 5])
+def test_ranks_and_workers_read_one_global_order(reader: ShardReader, start: int, world_size: int, accumulation: int, workers: int) -> None:
+    expected = [(s.position, s.key, s.caption) for s in (reader[position] for position in range(start, start + 40))]
+    assert gather(reader, start, start + 40, 8, accumulation, world_size, workers) == expected
+
+
+def test_restarting_anywhere_on_other_ranks_goes_on_as_if_nothing_had_happened(reader: ShardReader) -> None:
+    unbroken = gather(reader, 0, 48, 8, 1, 1, 0)
+    for stop in (8, 24, 40):
+        assert gather(reader, 0, stop, 8, 1, 2, 0) + gather(reader, stop, 48, 8, 2, 4, 0) == unbroken
+
+
+def test_restarting_far_away_costs_nothing(reader: ShardReader) -> None:
+    far = 10**12
+    assert [position for position, _, _ in gather(reader, far, far + 8, 8, 1, 1, 0)] == list(range(far, far + 8))
+
+
+def test_the_last_batch_is_whole_and_equal_for_all(reader: ShardReader) -> None:
+    for rank in range(4):
+        batches = list(position_batches(3, stop=20, batch_size=8, accumulation=1, rank=rank, world_size=4))
+        assert batches == [[start + 2 * rank, start + 2 * rank + 1] for start in (3, 11, 19)]
+    assert list(position_batches(8, stop=8, batch_size=8, accumulation=1, rank=0, world_size=1)) == []
+
+
+def test_without_a_stop_it_never_ends() -> None:
+    batches = position_batches(0, batch_size=6, accumulation=3, rank=0, world_size=1)
+    assert list(itertools.islice(batches, 5)) == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+
+
+@pytest.mark.parametrize(
+    "change", [{"batch_size": 6}, {"batch_size": 0}, {"accumulation": 3}, {"rank": 2}, {"rank": -1}, {"world_size": 0}, {"start": -1}]
+)
+def test_bad_arguments_are_refused_at_once(change: dict[str, int]) -> None:
+    arguments = {"start": 0, "batch_size": 8, "accumulation": 2, "rank": 0, "world_size": 2} | change
+    with pytest.raises(ValueError):
+        position_batches(arguments.pop("start"), **arguments)
+
+
+def test_workers_end_with_the_iterator_and_random_state_is_left_alone(reader: ShardReader) -> None:
+    state = torch.get_rng_state()
+    batches = open_loader(reader, collate, start=0, stop=None, batch_size=4, accumulation=1, rank=0, world_size=1, workers=2)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    del batches
+    assert not multiprocessing.active_children()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_sample_is_one_plain_message(tmp_path: Path, reader: ShardReader, workers: int) -> None:
+    for tar in tmp_path.glob("*.tar"):
+        tar.write_bytes(tar.read_bytes().replace(b"IDAT", b"IDAX"))
+    with pytest.raises(ValueError, match=r"^\S+\.tar: sample '\d+': [^\n]*$"):
+        list(open_loader(reader, collate, start=0, stop=4, batch_size=4, accumulation=1, rank=0, world_size=1, workers=workers))

@@ -1,0 +1,136 @@
+"""Whole runs: they learn, they log, and they go on after a kill as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from t2i_experts.config import load_config
+from t2i_experts.training.state import checkpoints
+from t2i_experts.training.trainer import Trainer, TrainingDiverged, train
+
+WriteConfig = Callable[[str], Path]
+FILES = ("network.safetensors", "ema.safetensors", "optimizer.safetensors")
+
+
+def log(root: Path, kind: str) -> list[dict[str, object]]:
+    return [event for line in (root / "log.jsonl").read_text().splitlines() if (event := json.loads(line))["event"] == kind]
+
+
+def same_bits(first: Path, second: Path) -> bool:
+    return all((first / name).read_bytes() == (second / name).read_bytes() for name in FILES)
+
+
+def test_a_run_from_shards_to_model_folder(write_config: WriteConfig, tmp_path: Path) -> None:
+    model = train(load_config(write_config("run"), ["training.images=320", "training.keep_checkpoints=2"]), progress=False)
+    root = tmp_path / "run"
+    assert model == root / "model"
+    assert [path.name for path in checkpoints(root)] == ["000000000304", "000000000320"]
+    losses = [float(str(event["loss"])) for event in log(root, "train")]
+    assert len(losses) == 20
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    validation = log(root, "validation")
+    assert len(validation) == 10
+    assert [len(event["bins"]) for event in validation] == [2] * 10  # type: ignore[arg-type]
+    assert (root / "previews" / "000000000320.png").is_file()
+
+
+KILLED = """
+import os, signal
+from t2i_experts.training import task
+losses, calls = task.DiffusionTask.losses, 0
+def dying(self, denoiser, batch):
+    global calls
+    calls += 1
+    if calls == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return losses(self, denoiser, batch)
+task.DiffusionTask.losses = dying
+from t2i_experts.cli.app import main
+main({argv!r})
+"""
+
+
+def test_killed_in_mid_accumulation_and_resumed_by_the_same_command(write_config: WriteConfig, tmp_path: Path) -> None:
+    """With two workers and accumulation 2, a run killed between the two halves of a step ends in the bits of one that was not."""
+    overrides = ["training.accumulation=2", "data.workers=2", "training.keep_checkpoints=1"]
+    train(load_config(write_config("unbroken"), overrides), progress=False)
+    argv = ["train", str(write_config("broken")), *overrides, "--quiet"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", KILLED.format(call=10, argv=argv)], env=environment, capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert [path.name for path in checkpoints(tmp_path / "broken")] == ["000000000032"]
+    again = subprocess.run([sys.executable, "-m", "t2i_experts", *argv], env=environment, capture_output=True, timeout=120)
+    assert again.returncode == 0, again.stderr.decode()
+    assert b"going on from" in again.stderr
+    assert same_bits(checkpoints(tmp_path / "unbroken")[-1], checkpoints(tmp_path / "broken")[-1])
+    for kind in ("train", "validation"):
+        unbroken, broken = ([(e["images_seen"], e["loss"]) for e in log(tmp_path / name, kind)] for name in ("unbroken", "broken"))
+        assert unbroken == broken
+
+
+def test_two_processes_equal_one_with_accumulation(write_config: WriteConfig, tmp_path: Path) -> None:
+    """Same global order, same noise: only the order of summation may differ."""
+    train(load_config(write_config("one"), ["training.accumulation=2"]), progress=False)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577", "-m", "t2i_experts", "train"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    two = subprocess.run([*command, str(write_config("two")), "--quiet"], env=environment, capture_output=True, timeout=180)
+    assert two.returncode == 0, two.stderr.decode()
+    first, second = (load_file(checkpoints(tmp_path / name)[-1] / "network.safetensors") for name in ("one", "two"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
+    for one, both in zip(log(tmp_path / "one", "validation"), log(tmp_path / "two", "validation"), strict=True):
+        assert both["loss"] == pytest.approx(one["loss"], rel=1e-3)
+
+
+def test_divergence_names_the_batch_and_keeps_the_last_good_checkpoint(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(write_config("run"))
+    trainer = Trainer(config, progress=False)
+    losses, poisoned = trainer.task.losses, []
+
+    def poison(denoiser, batch):  # type: ignore[no-untyped-def]
+        result = losses(denoiser, batch)
+        if batch.positions[0] == 24:
+            poisoned.extend(batch.keys)
+            return result * float("nan")
+        return result
+
+    monkeypatch.setattr(trainer.task, "losses", poison)
+    with pytest.raises(TrainingDiverged) as caught:
+        trainer.run()
+    assert all(key in str(caught.value) for key in poisoned)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["000000000016"]
+    weights = load_file(checkpoints(tmp_path / "run")[0] / "network.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_an_existing_run_goes_on_only_with_its_own_config(write_config: WriteConfig) -> None:
+    config = write_config("run")
+    train(load_config(config, ["training.images=16"]), progress=False)
+    with pytest.raises(ValueError, match=r"learning_rate: 0\.01 -> 0\.02"):
+        Trainer(load_config(config, ["training.optimizer.learning_rate=0.02"]), progress=False)
+    longer = Trainer(load_config(config, ["training.images=24", "data.workers=1"]), progress=False)
+    assert longer.state.images_seen == 16
+    longer.run()
+    assert longer.state.images_seen == 24
+
+
+def test_a_limit_on_minutes_stops_with_a_checkpoint(write_config: WriteConfig, tmp_path: Path) -> None:
+    train(load_config(write_config("run"), ["training.max_minutes=1.0e-6", "training.checkpoint_every_images=64"]), progress=False)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["000000000016"]
+
+
+def test_batch_must_divide(write_config: WriteConfig) -> None:
+    with pytest.raises(ValueError, match="multiple of"):
+        Trainer(load_config(write_config("run"), ["training.batch_size=9", "training.accumulation=2"]), progress=False)
