@@ -16,6 +16,7 @@ from t2i_experts.cascade.picture import read_metadata
 
 
 def main() -> None:
+    """Reads the command line and writes the sheet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=Path, help="a folder of PNG files")
     parser.add_argument("sheet", type=Path, help="the PNG file to write")

@@ -17,6 +17,7 @@ MAX_BYTES = 26 * 2**20
 
 
 def main() -> None:
+    """Reads the command line and writes the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model folder of one stage")
     parser.add_argument("--out", type=Path, default=embedded_model())

@@ -18,6 +18,7 @@ from t2i_experts.training.validation import standard_error, validate
 
 
 def main() -> None:
+    """Reads the command line and prints the losses as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model folder; default: the embedded model")
     parser.add_argument("--shards", required=True, help="shard folder of held-out images")

@@ -60,6 +60,7 @@ def random_conditioner(stage: StageConfig, spiece: Path, device: torch.device) -
 
 
 def main() -> None:
+    """Reads the command line and prints the measurements as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("--spiece", type=Path, required=True, help="a SentencePiece model of T5's size")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -222,9 +223,10 @@ def train(
         recent += loss.detach()
         if step % arguments.log_every == 0:
             elapsed = time.monotonic() - started
-            print(
-                f"step {step:6d}  loss {recent.item() / arguments.log_every:.4f}  {step * batch_size / elapsed:,.0f} captions/s", flush=True
-            )
+            mean = recent.item() / arguments.log_every
+            print(f"step {step:6d}  loss {mean:.4f}  {step * batch_size / elapsed:,.0f} captions/s", flush=True)
+            if not math.isfinite(mean):
+                raise SystemExit(f"error: the loss is not finite any more at step {step}; lower --learning-rate")
             recent.zero_()
         by_steps = step / arguments.steps if arguments.steps else 0.0
         progress = max(by_steps, (time.monotonic() - started) / (60 * arguments.minutes))
@@ -256,7 +258,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--head-width", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=64, help="longer captions are cut")
     parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="3e-3 has diverged")
     parser.add_argument("--warmup", type=int, default=200, help="steps")
     parser.add_argument("--log-every", type=int, default=100, help="steps")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the saved weights")

@@ -35,28 +35,32 @@ class Registry:
 
     def add(self, kind: str, name: str, part: Callable[..., Any] | type | str) -> None:
         """Adds a part. Raises ValueError for an unknown kind and for a name that is taken."""
-        if kind not in self._parts:
-            raise ValueError(f"unknown kind of part {kind!r}; allowed: {', '.join(sorted(self._parts))}")
-        if name in self._parts[kind]:
+        named = self._named(kind)
+        if name in named:
             raise ValueError(f"the {kind} {name!r} exists already and cannot be replaced")
-        self._parts[kind][name] = part
+        named[name] = part
 
     def names(self, kind: str) -> list[str]:
-        """The names of a kind, sorted."""
-        return sorted(self._parts[kind])
+        """The names of a kind, sorted. Raises ValueError for an unknown kind."""
+        return sorted(self._named(kind))
 
     def get(self, kind: str, name: str) -> Any:
-        """The part. Raises ValueError that lists the names there are."""
-        named = self._parts[kind]
+        """The part. Raises ValueError for an unknown kind or name, listing those that there are."""
+        named = self._named(kind)
         if name not in named:
             near = difflib.get_close_matches(name, named, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown {kind} {name!r}{hint} Allowed: {', '.join(sorted(named))}")
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown {kind} {name!r}; {hint}allowed: {', '.join(sorted(named))}")
         part = named[name]
         if isinstance(part, str):
             module, attribute = part.split(":")
             part = named[name] = getattr(importlib.import_module(module), attribute)
         return part
+
+    def _named(self, kind: str) -> dict[str, Any]:
+        if kind not in self._parts:
+            raise ValueError(f"unknown kind of part {kind!r}; allowed: {', '.join(sorted(self._parts))}")
+        return self._parts[kind]
 
 
 registry = Registry()

@@ -9,8 +9,8 @@ import typer
 
 
 def train(
-    config: Annotated[str, typer.Argument(help="A YAML file; see configs/README.md.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's.")] = None,
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/README.md.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that replace the file's.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Train one stage, or go on where it stopped: run the same command again.
@@ -21,12 +21,15 @@ def train(
 
     resolved = load_config(config, overrides or [])
 
+    from t2i_experts.registry import registry
     from t2i_experts.training.trainer import Trainer
+
+    registry.get("sampler", resolved.sampling.sampler)  # an unknown one would be noticed only when the trained model is used
 
     trainer = Trainer(resolved, progress=not quiet)
     main = trainer.accelerator.is_main_process
     if main and trainer.resumed_from:
-        print(f"going on from {trainer.resumed_from[0]}", file=sys.stderr)
+        print(f"going on from {trainer.resumed_from}", file=sys.stderr)
     model = trainer.run()
     if main:
         seen, total = trainer.state.images_seen, resolved.training.images

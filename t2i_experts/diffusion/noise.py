@@ -79,6 +79,27 @@ class LogNormalSigma:
         return (sigma.double().log() - self.mean) / self.std
 
 
+def sigma_from_uniform(distribution: NoiseDistribution, v: Tensor, *, u_lo: Fraction | float = 0, u_hi: Fraction | float = 1) -> Tensor:
+    """The sigmas, float64, that uniform numbers stand for when the quantile of sigma is to lie in (u_lo, u_hi).
+
+    u = u_lo + (u_hi - u_lo) v. Both u and 1 - u are computed from the exact ends, each without cancellation, and the smaller one is
+    inverted: sigma is always positive and finite. Float32 quantiles would make some draws of E^9_511 infinite.
+
+    Args:
+        v: float64 in [0, 1), multiples of 2^-53 as generators give them; 0 stands for 2^-54.
+        u_lo, u_hi: quantiles with 0 <= u_lo < u_hi <= 1; give Fractions where an end is not a binary fraction.
+
+    Raises ValueError for quantiles out of order or out of [0, 1].
+    """
+    if not 0 <= u_lo < u_hi <= 1:
+        raise ValueError(f"u_lo={u_lo}, u_hi={u_hi} must satisfy 0 <= u_lo < u_hi <= 1")
+    below, above = float(Fraction(u_lo)), float(1 - Fraction(u_hi))
+    width = float(Fraction(u_hi) - Fraction(u_lo))
+    v = v.clamp(min=2.0**-54)
+    u, q = below + width * v, above + width * (1 - v)
+    return torch.where(u < q, distribution.icdf(u), distribution.isf(q))
+
+
 def sample_sigma(
     distribution: NoiseDistribution,
     shape: int | Sequence[int],
@@ -88,15 +109,11 @@ def sample_sigma(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Draws of sigma given that its quantile lies in (u_lo, u_hi), by inversion.
-
-    u = u_lo + (u_hi - u_lo) v with v ~ U(0, 1) strictly inside. Both u and 1 - u are computed from the exact ends, each without
-    cancellation, and the smaller one is inverted: a draw is always positive and finite. Float32 quantiles would make some draws of E^9_511
-    infinite.
+    """Draws of sigma given that its quantile lies in (u_lo, u_hi), by `sigma_from_uniform`.
 
     Args:
         shape: of the result.
-        u_lo, u_hi: quantiles with 0 <= u_lo < u_hi <= 1; give Fractions where an end is not a binary fraction.
+        u_lo, u_hi: as there.
         generator: the draw is made in float64 on its device (the CPU without one), hence does not depend on `device`.
         device: of the result; the generator's unless given.
 
@@ -104,15 +121,8 @@ def sample_sigma(
 
     Raises ValueError for quantiles out of order or out of [0, 1].
     """
-    if not 0 <= u_lo < u_hi <= 1:
-        raise ValueError(f"u_lo={u_lo}, u_hi={u_hi} must satisfy 0 <= u_lo < u_hi <= 1")
-    below, above = float(Fraction(u_lo)), float(1 - Fraction(u_hi))
-    width = float(Fraction(u_hi) - Fraction(u_lo))
-
     drawn_on = generator.device if generator is not None else torch.device("cpu")
     size = (shape,) if isinstance(shape, int) else tuple(shape)
-    v = torch.rand(size, generator=generator, dtype=torch.float64, device=drawn_on)  # a multiple of 2^-53 in [0, 1)
-    v = v.clamp(min=2.0**-54)
-    u, q = below + width * v, above + width * (1 - v)
-    sigma = torch.where(u < q, distribution.icdf(u), distribution.isf(q))
+    v = torch.rand(size, generator=generator, dtype=torch.float64, device=drawn_on)
+    sigma = sigma_from_uniform(distribution, v, u_lo=u_lo, u_hi=u_hi)
     return sigma.to(drawn_on if device is None else device, torch.float32)

@@ -9,19 +9,22 @@ killed the writer. What a run draws at random is a function of (seed, images see
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from t2i_experts import __version__
+from t2i_experts.config import RunConfig, differences, from_plain, to_plain
 from t2i_experts.training.ema import EMA
 
 
@@ -29,8 +32,8 @@ from t2i_experts.training.ema import EMA
 class TrainState:
     """A run between two optimiser steps.
 
-    images_seen: of the global order, by all processes. dataset_hash: of the shards that the order runs over. config: resolved, as plain
-    values.
+    images_seen: of the global order, by all processes. dataset_hash: of the shards that the order runs over. encoders: fingerprints of the
+    frozen encoders' weights, by name. config: resolved, as plain values.
     """
 
     network: nn.Module
@@ -38,6 +41,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     images_seen: int
     dataset_hash: str
+    encoders: Mapping[str, str]
     config: Mapping[str, Any]
 
     def save(self, root: Path, keep: int) -> Path:
@@ -52,37 +56,56 @@ class TrainState:
         facts = {
             "images_seen": self.images_seen,
             "dataset_hash": self.dataset_hash,
+            "encoders": dict(self.encoders),
             "config": self.config,
             "versions": {"t2i_experts": __version__, "torch": torch.__version__},
         }
         (temporary / "state.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            _remove(folder)
         temporary.rename(folder)
         _flush(folder.parent)
         for old in checkpoints(root)[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
         return folder
 
     def restore(self, folder: Path) -> None:
         """Takes everything from a checkpoint.
 
-        Raises ValueError if it was made on other shards or does not fit this network.
+        Raises ValueError if it was made on other shards or encoders, does not fit this network, or cannot be read.
         """
         facts = read_facts(folder)
+        changed = sorted(name for name, digest in self.encoders.items() if facts["encoders"].get(name) != digest)
+        if changed:
+            raise ValueError(
+                f"{folder} was trained with other weights of the encoders {', '.join(changed)}: give the run another output folder"
+            )
         if facts["dataset_hash"] != self.dataset_hash:
             raise ValueError(
                 f"{folder} was trained on other shards (dataset hash {facts['dataset_hash']}, now {self.dataset_hash}): "
                 "give the run another output folder, or the shards that it began with"
             )
         try:
-            self.network.load_state_dict(load_file(folder / "network.safetensors"))
-            self.ema.network.load_state_dict(load_file(folder / "ema.safetensors"))
+            network, ema, optimizer = (load_file(folder / f"{name}.safetensors") for name in ("network", "ema", "optimizer"))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{folder} cannot be read ({error}); remove it to go on from the checkpoint before it") from error
+        try:
+            self.network.load_state_dict(network)
+            self.ema.network.load_state_dict(ema)
         except RuntimeError as error:
             raise ValueError(f"{folder} does not fit this network: {error}") from error
-        restore_optimizer(self.network, self.optimizer, load_file(folder / "optimizer.safetensors"))
+        restore_optimizer(self.network, self.optimizer, optimizer)
         self.images_seen = facts["images_seen"]
+
+
+def _remove(folder: Path) -> None:
+    """Takes a checkpoint away; if that is cut short, what is left no longer has a number for a name."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -96,6 +119,57 @@ def read_facts(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the checkpoint {folder}: {error}") from error
+
+
+def lock_run(root: Path) -> IO[str]:
+    """Makes the output folder of a run and takes it for this process, until the file that is returned is closed or the process ends.
+
+    Raises ValueError if it cannot be a folder, or if another process has it.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = (root / ".lock").open("w")
+    except OSError as error:
+        raise ValueError(f"output={str(root)!r} cannot be used: {error}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise ValueError(f"output={str(root)!r}: another process is training there") from None
+    return lock
+
+
+MAY_CHANGE = (
+    "output",
+    "data",
+    "sampling",
+    "training.images",
+    "training.accumulation",
+    "training.compile",
+    "training.device",
+    "training.max_minutes",
+    "training.checkpoint_every_images",
+    "training.keep_checkpoints",
+    "training.log_every_images",
+    "training.preview",
+    "training.validation",
+)
+"""Config values, or groups of them, that may differ when a run goes on. Hashes guard the content of the shards and encoders."""
+
+
+def refuse_changed_config(folder: Path, config: RunConfig) -> None:
+    """Raises ValueError with the differences if a checkpoint was made under another config; values it did not know yet count as defaults."""
+    old = to_plain(from_plain(RunConfig, read_facts(folder)["config"]))
+    changes = []
+    for line in differences(old, to_plain(config)):
+        key = line.split(":")[0]
+        if not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE):
+            changes.append(line)
+    if changes:
+        raise ValueError(
+            f"{folder.parent.parent} holds a run with another config; go on with its own, or choose another output. Changed:\n  "
+            + "\n  ".join(changes)
+        )
 
 
 def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

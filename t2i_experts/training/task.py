@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from t2i_experts.conditioning.conditioner import PromptTokenizer, TextConditioner
+from t2i_experts.conditioning.frozen import to_device
 from t2i_experts.config import EncoderConfig, StageConfig
 from t2i_experts.diffusion.loss import EDMLoss
-from t2i_experts.diffusion.noise import LogNormalSigma
+from t2i_experts.diffusion.noise import LogNormalSigma, sigma_from_uniform
 from t2i_experts.shards.order import position_rng
 from t2i_experts.shards.reader import Sample
 from t2i_experts.types import Denoiser, Tokens
@@ -22,12 +22,14 @@ from t2i_experts.types import Denoiser, Tokens
 class Batch:
     """Samples side by side, on the CPU.
 
-    positions: places in the global order. images: (B, 3, H, W) uint8. drops: encoder name -> (B,) bool, True = this row goes without it.
+    positions: places in the global order. images: (B, 3, H, W) uint8. uniform: (B,) float64 in [0, 1), the draw behind each row's sigma.
+    drops: encoder name -> (B,) bool, True = this row goes without it.
     """
 
     positions: tuple[int, ...]
     keys: tuple[str, ...]
     images: Tensor
+    uniform: Tensor
     tokens: Mapping[str, Tokens]
     drops: Mapping[str, Tensor]
 
@@ -38,21 +40,27 @@ class Batch:
 
 @dataclass(frozen=True)
 class Collate:
-    """Makes a batch of samples. Which encoders a row goes without depends on (seed, its position) alone."""
+    """Makes a batch of samples. What is drawn for a row, its noise level and which encoders it goes without, depends on (seed, its
+    position) alone."""
 
     tokenizer: PromptTokenizer
     drop_rates: Mapping[str, float]
     seed: int
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        draws = np.stack([position_rng(self.seed, sample.position, "drop").random(len(self.drop_rates)) for sample in samples])
         return Batch(
             positions=tuple(sample.position for sample in samples),
             keys=tuple(sample.key for sample in samples),
             images=torch.stack([sample.image for sample in samples]),
+            uniform=self._draws(samples, "sigma"),
             tokens=self.tokenizer([sample.caption for sample in samples]),
-            drops={name: torch.from_numpy(draws[:, i] < rate) for i, (name, rate) in enumerate(self.drop_rates.items())},
+            drops={name: self._draws(samples, f"drop {name}") < rate for name, rate in self.drop_rates.items()},
         )
+
+    def _draws(self, samples: Sequence[Sample], purpose: str) -> Tensor:
+        """A uniform number for each sample, (B,) float64 in [0, 1)."""
+        draws = [position_rng(self.seed, sample.position, purpose).random() for sample in samples]
+        return torch.tensor(draws, dtype=torch.float64)
 
 
 class DiffusionTask:
@@ -81,14 +89,15 @@ class DiffusionTask:
     def losses(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """The loss of each image, (B,) float32.
 
-        Seeds torch's generators from (seed, first position), so that the noise of a batch is the same whenever the run comes to it.
+        Seeds torch's generators from (seed, first position): eps and dropout are the same whenever the run comes to this batch, and
+        however many processes and accumulation steps share the work as long as their product stays.
         """
         seed = int(position_rng(self.seed, batch.positions[0], "noise").integers(2**63))
         torch.manual_seed(seed)  # for dropout
         generator = torch.Generator(self.device).manual_seed(seed)
         images = self.images(batch)
         conditioning = self.conditioner.encode(batch.tokens, images, batch.drops)
-        sigma = self.noise.sample((len(batch.positions),), generator=generator)
+        sigma = to_device(sigma_from_uniform(self.noise, batch.uniform).float(), self.device)
         eps = torch.randn(images.shape, generator=generator, device=self.device)
         with self.autocast():
             return self.loss(denoiser, images, sigma, eps, conditioning)

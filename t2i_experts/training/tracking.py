@@ -26,7 +26,9 @@ class RunLog:
             return
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _images_seen(line) <= images_seen]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            temporary.replace(path)
         if progress:
             self._bar = tqdm(
                 total=total_images, initial=images_seen, unit="img", unit_scale=True, file=sys.stderr, dynamic_ncols=True, smoothing=0.1

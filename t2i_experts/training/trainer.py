@@ -1,39 +1,37 @@
 """The training loop, under accelerate: the same on one CPU process and on many GPUs and hosts.
 
-One optimiser step consumes `batch_size` consecutive positions of the shards' global order. Everything random in it depends on (seed,
-position) alone, so a run that is killed and started again with the same command continues as if it had never stopped.
+One optimiser step consumes `batch_size` consecutive positions of the shards' global order. Everything random in it is a function of the
+seed and of positions, so a run that is killed and started again with the same command goes on as if it had never stopped.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from t2i_experts.cascade.model_folder import save_model
 from t2i_experts.cascade.stage import Stage, build_network
 from t2i_experts.conditioning.conditioner import TextConditioner
-from t2i_experts.config import RunConfig, differences, to_plain, to_yaml
+from t2i_experts.config import RunConfig, to_plain, to_yaml
 from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.shards.loader import open_loader
 from t2i_experts.shards.reader import ShardReader
 from t2i_experts.training.ema import EMA
 from t2i_experts.training.optim import build_optimizer, learning_rate
 from t2i_experts.training.preview import draw_preview
-from t2i_experts.training.state import TrainState, checkpoints, read_facts
+from t2i_experts.training.processes import agreed_checkpoint, open_processes
+from t2i_experts.training.state import TrainState, lock_run, refuse_changed_config
 from t2i_experts.training.task import Batch, DiffusionTask
 from t2i_experts.training.tracking import RunLog
 from t2i_experts.training.validation import ValidationLoss, validate
-
-MAY_CHANGE = ("training.images", "training.device", "training.max_minutes", "data.workers")
-"""Config values that may differ when a run goes on; a change of any other would make it another run."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -46,24 +44,20 @@ class Trainer:
     def __init__(self, config: RunConfig, *, progress: bool = True) -> None:
         """Builds everything and goes back to the newest checkpoint in the output folder, if there is one.
 
-        Raises ValueError for a config that does not fit the shards, the encoders, the number of processes or the existing checkpoint.
+        Raises ValueError for a config that does not fit the shards, the encoders, the processes or the existing checkpoint, and for an
+        output folder in which another run is at work.
         """
         training = config.training
         self.config = config
         self.root = Path(config.output)
-        self.accelerator = Accelerator(
-            mixed_precision="no",  # the task casts, and the denoiser alone
-            cpu=training.device == "cpu",
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-        )
+        self.accelerator = open_processes(training)
         self.device = self.accelerator.device
         self.world_size, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        if training.batch_size % (training.accumulation * self.world_size):
-            raise ValueError(
-                f"training.batch_size={training.batch_size} must be a multiple of accumulation x processes = "
-                f"{training.accumulation} x {self.world_size}"
-            )
-        self._refuse_changed_config()
+        if self.accelerator.is_main_process:
+            self._lock = lock_run(self.root)
+        self.resumed_from = agreed_checkpoint(self.root)
+        if self.resumed_from is not None:
+            refuse_changed_config(self.resumed_from, config)
 
         self.reader = ShardReader(config.data.train, size=config.stage.size, seed=training.seed)
         self.validation = ShardReader([config.data.validation], size=config.stage.size, seed=0) if config.data.validation else None
@@ -73,17 +67,14 @@ class Trainer:
         torch.manual_seed(training.seed)
         self.network: EDMPrecond = build_network(config.stage).to(self.device)
         self.ema = EMA(self.network, training.ema.halflife_kimg, training.ema.rampup)
+        self.optimizer = build_optimizer(self.network, training.optimizer)
+        encoders = {name: conditioner.fingerprint(name) for name in conditioner.names}
+        self.state = TrainState(self.network, self.ema, self.optimizer, 0, self.reader.dataset_hash, encoders, to_plain(config))
+        if self.resumed_from is not None:
+            self.state.restore(self.resumed_from)
         if training.compile:
             self.network.compile()
-        self.model, optimizer = self.accelerator.prepare(self.network, build_optimizer(self.network, training.optimizer))
-        self.optimizer: torch.optim.Optimizer = optimizer
-        self.state = TrainState(self.network, self.ema, optimizer.optimizer, 0, self.reader.dataset_hash, to_plain(config))
-        self.resumed_from = checkpoints(self.root)[-1:]
-        for folder in self.resumed_from:
-            self.state.restore(folder)
-        if self.accelerator.is_main_process:
-            self.root.mkdir(parents=True, exist_ok=True)
-            (self.root / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        self.model: torch.nn.Module = self.accelerator.prepare_model(self.network)
         self.log = RunLog(
             self.root / "log.jsonl",
             images_seen=self.state.images_seen,
@@ -91,21 +82,15 @@ class Trainer:
             writes=self.accelerator.is_main_process,
             progress=progress,
         )
-        self._recent: list[tuple[tuple[str, ...], Tensor]] = []  # keys and losses since the last look at them
-        self._grad_norms: list[Tensor] = []
-
-    def _refuse_changed_config(self) -> None:
-        for folder in checkpoints(self.root)[-1:]:
-            changes = [line for line in differences(read_facts(folder)["config"], to_plain(self.config)) if not line.startswith(MAY_CHANGE)]
-            if changes:
-                raise ValueError(
-                    f"{self.root} holds a run with another config; go on with its own, or choose another output. Changed:\n  "
-                    + "\n  ".join(changes)
-                )
+        self._recent: list[tuple[list[str], Tensor, Tensor]] = []  # keys, losses and gradient norm of each step since the last look
 
     def run(self) -> Path:
         """Trains to the end (or for `max_minutes`) and returns the model folder. Raises TrainingDiverged if the loss is not finite."""
         training, started = self.config.training, time.monotonic()
+        if self.accelerator.is_main_process:
+            (self.root / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            if self.resumed_from is not None:
+                self._save_model()  # a kill may have come between the checkpoint and its model folder
         self.log.event("start", self.state.images_seen, processes=self.world_size, device=str(self.device), **self._sizes())
         with contextlib.closing(self.log), contextlib.closing(self._batches()) as batches:
             window, waited, window_images = time.monotonic(), 0.0, 0
@@ -116,10 +101,10 @@ class Trainer:
                 window_images += training.batch_size
                 self.log.advance(training.batch_size)
                 if self._due(before, training.log_every_images):
-                    self._report(time.monotonic() - window, waited, window_images)
+                    self._report(window, waited, window_images)
                     out_of_time = self._out_of_time(started)
                     window, waited, window_images = time.monotonic(), 0.0, 0
-                self._tend(before, last=out_of_time)
+                window += self._tend(before, last=out_of_time)
         return self.root / "model"
 
     def _out_of_time(self, started: float) -> bool:
@@ -152,21 +137,24 @@ class Trainer:
         rate = learning_rate(training.optimizer, self.state.images_seen, training.images)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        keys: list[str] = []
+        losses: list[Tensor] = []
         for micro in range(training.accumulation):
             asked = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - asked
             last = micro == training.accumulation - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                losses = self.task.losses(self.model, batch)
-                self.accelerator.backward(losses.mean() / training.accumulation)
-            self._recent.append((batch.keys, losses.detach()))
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), training.optimizer.clip_norm)
-        self._grad_norms.append(norm)
+                micro_losses = self.task.losses(self.model, batch)
+                (micro_losses.mean() / training.accumulation).backward()
+            keys.extend(batch.keys)
+            losses.append(micro_losses.detach())
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), training.optimizer.clip_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state.images_seen += training.batch_size
         self.ema.update(self.network, training.batch_size, self.state.images_seen)
+        self._recent.append((keys, torch.cat(losses), norm))
         return waited
 
     def _due(self, before: int, every: int) -> bool:
@@ -174,48 +162,50 @@ class Trainer:
         seen = self.state.images_seen
         return bool(every) and (seen // every > before // every or seen >= self.config.training.images)
 
-    def _tend(self, before: int, *, last: bool) -> None:
-        """Validation, preview and checkpoint, each when it is due; never on weights that have diverged."""
-        training = self.config.training
+    def _tend(self, before: int, *, last: bool) -> float:
+        """Validation, preview and checkpoint, each when it is due; never on weights that have diverged. Returns the seconds it took."""
+        training, started = self.config.training, time.monotonic()
         due = [
             self._due(before, training.validation.every_images) and self.validation is not None,
             self._due(before, training.preview.every_images) and bool(training.preview.prompts),
             self._due(before, training.checkpoint_every_images) or last,
         ]
-        if any(due):
-            self._refuse_divergence()
+        if not any(due):
+            return 0.0
+        self._refuse_divergence()
         for wanted, action in zip(due, (self._validate, self._preview, self._checkpoint), strict=True):
             if wanted:
                 action()
+        return time.monotonic() - started
 
-    def _refuse_divergence(self) -> tuple[float, float]:
-        """Mean loss over processes and mean gradient norm since the last look. Raises TrainingDiverged naming the batch, on all processes."""
-        if not self._recent:
-            return float("nan"), float("nan")
-        losses = torch.stack([losses.mean() for _, losses in self._recent])
-        norms = torch.stack(self._grad_norms)
-        bad = [keys for (keys, _), fine in zip(self._recent, losses.isfinite().tolist(), strict=True) if not fine]
-        if not bad and not bool(norms.isfinite().all()):
-            step = int((~norms.isfinite()).nonzero()[0])
-            accumulation = self.config.training.accumulation
-            bad = [keys for keys, _ in self._recent[step * accumulation : (step + 1) * accumulation]]
-        total = self.accelerator.reduce(
-            torch.stack([losses.mean().nan_to_num(), torch.tensor(float(bool(bad)), device=self.device)]), "sum"
+    def _refuse_divergence(self) -> None:
+        """Raises TrainingDiverged, on all processes, if a step since the last report has a gradient that is not finite.
+
+        Gradients are shared before their norm is taken, so all processes see the same first bad step; the samples whose own loss is not
+        finite are named, or the whole batch if there are none.
+        """
+        finite = [bool(fine) for fine in torch.stack([norm for _, _, norm in self._recent]).isfinite()] if self._recent else []
+        if all(finite):
+            return
+        keys, losses, _ = self._recent[finite.index(False)]
+        bad = [key for key, fine in zip(keys, losses.isfinite().tolist(), strict=True) if not fine]
+        everyone: list[tuple[list[str], list[str]]] = gather_object([(keys, bad)])
+        named = [key for _, names in everyone for key in names] or [key for names, _ in everyone for key in names]
+        self.log.event("diverged", self.state.images_seen, keys=named)
+        some = ", ".join(named[:16]) + (f" and {len(named) - 16} more, listed in {self.root / 'log.jsonl'}" if len(named) > 16 else "")
+        raise TrainingDiverged(
+            f"loss or gradient is not finite before {self.state.images_seen} images, first in the batch with {some}. The same command "
+            f"would come to the same: lower training.optimizer.learning_rate or take these samples out. "
+            f"The last good checkpoint is {agreed_checkpoint(self.root) or 'none'}."
         )
-        if float(total[1]):
-            newest = checkpoints(self.root)[-1:]
-            keys = f"first batch on this process: {', '.join(bad[0])}" if bad else "in a batch of another process"
-            raise TrainingDiverged(
-                f"loss or gradient is not finite before {self.state.images_seen} images; {keys}. "
-                f"The last good checkpoint is {newest[0] if newest else 'none'}."
-            )
-        return float(total[0]) / self.world_size, float(norms.mean())
 
-    def _report(self, seconds: float, waited: float, images: int) -> None:
-        """A line in the log and the loss beside the progress bar."""
-        loss, norm = self._refuse_divergence()
+    def _report(self, window: float, waited: float, images: int) -> None:
+        """A line in the log and the loss beside the progress bar, over the steps since `window` on the monotonic clock."""
+        self._refuse_divergence()
+        means = torch.stack([torch.stack((losses.mean(), norm)) for _, losses, norm in self._recent]).mean(dim=0)
+        loss, norm = (self.accelerator.reduce(means, "mean")).tolist()
+        seconds = time.monotonic() - window
         self._recent.clear()
-        self._grad_norms.clear()
         self.log.advance(0, loss)
         self.log.event(
             "train",
@@ -240,7 +230,7 @@ class Trainer:
             rank=self.rank,
             world_size=self.world_size,
         )
-        losses = self.accelerator.reduce(result.losses.to(self.device), "sum").cpu()
+        losses = self.accelerator.reduce(result.losses.float().to(self.device), "sum").cpu().double()
         self.log.event("validation", self.state.images_seen, **ValidationLoss(losses, result.edges).summary())
 
     def _preview(self) -> None:
@@ -255,15 +245,22 @@ class Trainer:
         """Saves the state and, beside the checkpoints, the EMA weights as a model folder that generates."""
         if self.accelerator.is_main_process:
             self.state.save(self.root, self.config.training.keep_checkpoints)
-            save_model(
-                self.root / "model",
-                self.config.stage,
-                self.config.sampling,
-                self.ema.network.state_dict(),
-                self.task.conditioner,
-                provenance={"images_seen": self.state.images_seen, "dataset_hash": self.state.dataset_hash},
-            )
+            self._save_model()
         self.accelerator.wait_for_everyone()
+
+    def _save_model(self) -> None:
+        save_model(
+            self.root / "model",
+            self.config.stage,
+            self.config.sampling,
+            self.ema.network.state_dict(),
+            self.task.conditioner,
+            provenance={
+                "images_seen": self.state.images_seen,
+                "dataset_hash": self.state.dataset_hash,
+                "encoders": dict(self.state.encoders),
+            },
+        )
 
 
 def train(config: RunConfig, *, progress: bool = True) -> Path:

@@ -73,8 +73,8 @@ def validate(
     """The loss on the first `images` of `reader` (or all, if it has fewer) with their first captions.
 
     without: encoders that are dropped; by default the image encoder, as when one samples from a prompt. shuffled: every image gets the
-    caption of another one (the seventeenth after it, cyclically) instead of its own. With several processes each computes its share, leaves zeros
-    elsewhere, and the caller sums.
+    caption of another one (the seventeenth after it, cyclically) instead of its own. With several processes each computes its share,
+    leaves zeros elsewhere, and the caller sums.
     """
     count = min(images, reader.samples)
     losses = torch.zeros(count, bins, dtype=torch.float64)
@@ -90,7 +90,7 @@ def validate(
         for b in range(bins):
             with task.autocast():
                 column = task.loss(denoiser, pixels, sigmas[:, b], eps, conditioning)
-            losses[start : start + len(rows), b] = column.double().cpu()
+            losses[start : start + len(rows), b] = column.cpu().double()
     edges = task.noise.icdf(torch.linspace(0, 1, bins + 1, dtype=torch.float64))
     return ValidationLoss(losses, edges)
 

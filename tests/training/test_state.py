@@ -17,7 +17,9 @@ from t2i_experts.training.state import TrainState, checkpoints
 def state(seed: int, dataset_hash: str = "abc", width: int = 4) -> TrainState:
     torch.manual_seed(seed)
     network = nn.Sequential(nn.Linear(3, width), nn.SiLU(), nn.Linear(width, 1))
-    return TrainState(network, EMA(network, 1.0), build_optimizer(network, OptimizerConfig(learning_rate=0.1)), 0, dataset_hash, {"a": 1})
+    return TrainState(
+        network, EMA(network, 1.0), build_optimizer(network, OptimizerConfig(learning_rate=0.1)), 0, dataset_hash, {"t5": "12"}, {"a": 1}
+    )
 
 
 def advance(s: TrainState, steps: int) -> None:

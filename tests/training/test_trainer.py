@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from t2i_experts.config import load_config
 from t2i_experts.training.state import checkpoints
@@ -92,27 +93,45 @@ def test_two_processes_equal_one_with_accumulation(write_config: WriteConfig, tm
         assert both["loss"] == pytest.approx(one["loss"], rel=1e-3)
 
 
-def test_divergence_names_the_batch_and_keeps_the_last_good_checkpoint(
+def test_divergence_names_the_sample_and_keeps_the_last_good_checkpoint(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = load_config(write_config("run"))
-    trainer = Trainer(config, progress=False)
+    trainer = Trainer(load_config(write_config("run")), progress=False)
     losses, poisoned = trainer.task.losses, []
 
     def poison(denoiser, batch):  # type: ignore[no-untyped-def]
         result = losses(denoiser, batch)
-        if batch.positions[0] == 24:
-            poisoned.extend(batch.keys)
-            return result * float("nan")
-        return result
+        if batch.positions[0] != 16:
+            return result
+        poisoned.append(batch.keys[3])
+        return result * torch.tensor([1, 1, 1, float("nan"), 1, 1, 1, 1])
 
     monkeypatch.setattr(trainer.task, "losses", poison)
-    with pytest.raises(TrainingDiverged) as caught:
+    with pytest.raises(TrainingDiverged, match=rf"first in the batch with {'(.*)'}\. The same") as caught:
         trainer.run()
-    assert all(key in str(caught.value) for key in poisoned)
+    assert f"with {poisoned[0]}." in str(caught.value)
+    assert log(tmp_path / "run", "diverged")[0]["keys"] == poisoned
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["000000000016"]
     weights = load_file(checkpoints(tmp_path / "run")[0] / "network.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_a_gradient_that_overflows_blames_its_own_batch(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loss is finite; the next batch, whose loss is not, is innocent."""
+    trainer = Trainer(load_config(write_config("run")), progress=False)
+    losses, guilty = trainer.task.losses, []
+
+    def explode(denoiser, batch):  # type: ignore[no-untyped-def]
+        result = losses(denoiser, batch)
+        if batch.positions[0] != 16:
+            return result
+        guilty.extend(batch.keys)
+        return result + (result - result.detach()) * float("inf")
+
+    monkeypatch.setattr(trainer.task, "losses", explode)
+    with pytest.raises(TrainingDiverged) as caught:
+        trainer.run()
+    assert all(key in str(caught.value) for key in guilty)
 
 
 def test_an_existing_run_goes_on_only_with_its_own_config(write_config: WriteConfig) -> None:
@@ -120,7 +139,7 @@ def test_an_existing_run_goes_on_only_with_its_own_config(write_config: WriteCon
     train(load_config(config, ["training.images=16"]), progress=False)
     with pytest.raises(ValueError, match=r"learning_rate: 0\.01 -> 0\.02"):
         Trainer(load_config(config, ["training.optimizer.learning_rate=0.02"]), progress=False)
-    longer = Trainer(load_config(config, ["training.images=24", "data.workers=1"]), progress=False)
+    longer = Trainer(load_config(config, ["training.images=24", "data.workers=1", "training.accumulation=2"]), progress=False)
     assert longer.state.images_seen == 16
     longer.run()
     assert longer.state.images_seen == 24
@@ -134,3 +153,47 @@ def test_a_limit_on_minutes_stops_with_a_checkpoint(write_config: WriteConfig, t
 def test_batch_must_divide(write_config: WriteConfig) -> None:
     with pytest.raises(ValueError, match="multiple of"):
         Trainer(load_config(write_config("run"), ["training.batch_size=9", "training.accumulation=2"]), progress=False)
+
+
+def test_a_model_folder_that_a_kill_left_out_is_made_up_for(write_config: WriteConfig, tmp_path: Path) -> None:
+    config = load_config(write_config("run"), ["training.images=16"])
+    train(config, progress=False)
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert (train(config, progress=False) / "model_index.json").is_file()
+
+
+def test_other_encoder_weights_are_refused(write_config: WriteConfig, tmp_path: Path, t5_folder: Path) -> None:
+    other = tmp_path / "t5"
+    shutil.copytree(t5_folder, other)
+    overrides = ["training.images=16", f"stage.encoders.t5.model={other}"]
+    train(load_config(write_config("run"), overrides), progress=False)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="other weights of the encoders t5"):
+        Trainer(load_config(write_config("run"), overrides), progress=False)
+
+
+def test_one_run_at_a_time_in_a_folder(write_config: WriteConfig) -> None:
+    config = load_config(write_config("run"))
+    first = Trainer(config, progress=False)
+    with pytest.raises(ValueError, match="another process is training there"):
+        Trainer(config, progress=False)
+    del first
+
+
+def test_an_output_that_is_a_file_is_refused(write_config: WriteConfig, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match="cannot be used"):
+        Trainer(load_config(write_config("run")), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [("ACCELERATE_MIXED_PRECISION", "fp16", "mixed precision"), ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "accumulation steps")],
+)
+def test_the_launcher_cannot_change_the_run(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=message):
+        Trainer(load_config(write_config("run")), progress=False)
