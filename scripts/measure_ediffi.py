@@ -84,13 +84,14 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update(network, arguments.batch_size, arguments.batch_size)
-        return float(loss)
+        return float(loss.detach())
 
     first_loss = train_step()
+    results = {"training, eager": _timed(train_step, arguments.repeats)}
     network.compile()
-    results = {"training, eager": _timed(train_step, 1), "training, compiled": {}}
     results["training, compiled"] = _timed(train_step, arguments.repeats)
-    results["training, compiled"]["images_per_second"] = arguments.batch_size / results["training, compiled"]["seconds"]
+    for result in results.values():
+        result["images_per_second"] = arguments.batch_size / result["seconds"]
     weights = ema.network.to(torch.bfloat16)
     stage = Stage(config.stage, weights, config.sampling)
     conditioning, noise = conditioner([PROMPT]), torch.randn(1, *stage.noise_shape, device=device)

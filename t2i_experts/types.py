@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -43,14 +43,13 @@ class Embedding:
     mask: Tensor
     pooled: Tensor | None = None
 
-    def dropped(self, drop: Tensor) -> Embedding:
-        """The same batch with the rows where `drop` (B,) bool is True replaced by one valid zero token and a zero pooled vector."""
-        first = torch.arange(self.mask.shape[1], device=self.mask.device) == 0
-        return Embedding(
-            tokens=self.tokens.masked_fill(drop[:, None, None], 0),
-            mask=torch.where(drop[:, None], first[None], self.mask),
-            pooled=None if self.pooled is None else self.pooled.masked_fill(drop[:, None], 0),
-        )
+    @classmethod
+    def null(cls, batch: int, length: int, width: int, pooled_width: int = 0, *, device: torch.device | str = "cpu") -> Embedding:
+        """`batch` dropped rows of `length` tokens: one valid token of zeros, and a pooled vector of zeros (none for pooled_width 0)."""
+        mask = torch.zeros(batch, length, dtype=torch.bool, device=device)
+        mask[:, 0] = True
+        pooled = torch.zeros(batch, pooled_width, device=device) if pooled_width else None
+        return cls(torch.zeros(batch, length, width, device=device), mask, pooled)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,14 +91,6 @@ class Conditioning:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
         """Moved to `device`; floating-point tensors cast to `dtype` if one is given."""
         return self.map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
-
-    def drop(self, drops: Mapping[str, Tensor]) -> Conditioning:
-        """The embeddings with, for each encoder named in `drops`, the rows of its (B,) bool mask dropped; clears `projected`."""
-        unknown = set(drops) - set(self.embeddings)
-        if unknown:
-            raise ValueError(f"drop names {sorted(unknown)}; this conditioning has {sorted(self.embeddings)}")
-        kept = {name: e.dropped(drops[name]) if name in drops else e for name, e in self.embeddings.items()}
-        return replace(self, embeddings=kept, projected={})
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:

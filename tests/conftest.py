@@ -1,4 +1,7 @@
-"""For all tests: one thread a process, no network, `gpu` tests only where there is CUDA, and tiny random encoders on disk."""
+"""For all tests: one thread a process, no network, `gpu` tests only where there is CUDA; on disk, a tiny world of random weights.
+
+`t5_folder` and `clip_folder` hold encoders, `model_folder` a model that generates, and `write_config` configs of runs that take seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,14 @@ import io
 import json
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from t2i_experts.config import StageConfig
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the processes that tests start inherit it
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -98,3 +105,110 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_clip(tmp_path_factory.mktemp("clip") / "model", merges=["r e", "re d</w>", "a p", "ap p", "app l", "appl e</w>"])
+
+
+@pytest.fixture(scope="session")
+def stage_config(t5_folder: Path, clip_folder: Path) -> StageConfig:
+    from t2i_experts.config import EncoderConfig, NetworkConfig, ResolutionSpec, StageConfig
+
+    return StageConfig(
+        size=16,
+        network=NetworkConfig(
+            [ResolutionSpec(8, 1), ResolutionSpec(16, 1, True, True)], embedding_channels=16, context_channels=16, head_channels=8
+        ),
+        encoders={
+            "t5": EncoderConfig("t5", str(t5_folder), width=16, max_tokens=32),
+            "clip_text": EncoderConfig("clip_text", str(clip_folder), width=16, pooled_width=12, max_tokens=24),
+            "clip_image": EncoderConfig("clip_image", str(clip_folder), width=12, pooled_width=12, max_tokens=1),
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, stage_config: StageConfig) -> Path:
+    """A model folder with random weights that do something."""
+    import torch
+
+    from t2i_experts.cascade.model_folder import save_model
+    from t2i_experts.cascade.stage import build_network
+    from t2i_experts.conditioning.conditioner import TextConditioner
+    from t2i_experts.config import SamplingConfig
+
+    torch.manual_seed(0)
+    network = build_network(stage_config)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    conditioner = TextConditioner.from_config(stage_config.encoders)
+    save_model(folder, stage_config, SamplingConfig(steps=4, guidance=3.0), network.state_dict(), conditioner)
+    return folder
+
+
+NETWORK = """
+    resolutions:
+      - {channels: 8, blocks: 1}
+      - {channels: 16, blocks: 1, self_attention: true, cross_attention: true}
+    embedding_channels: 16
+    context_channels: 16
+    head_channels: 8
+"""
+
+
+def write_shards(folder: Path, count: int, seed: int) -> None:
+    """Little pictures of one colour, each with two captions."""
+    import numpy as np
+    from PIL import Image
+
+    from t2i_experts.shards.writer import ShardWriter
+
+    rng = np.random.default_rng(seed)
+    with ShardWriter(folder, samples_per_shard=16) as writer:
+        for i in range(count):
+            pixels = np.full((16, 16, 3), rng.integers(0, 256, 3), dtype=np.uint8)
+            data = io.BytesIO()
+            Image.fromarray(pixels).save(data, "PNG")
+            writer.write(f"{i:06d}", data.getvalue(), "png", [f"a red cube {i}", f"picture {i}"], {})
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("shards")
+    write_shards(root / "train", 40, seed=0)
+    write_shards(root / "validation", 8, seed=1)
+    return root
+
+
+@pytest.fixture
+def write_config(tmp_path: Path, shards: Path, t5_folder: Path, clip_folder: Path) -> Callable[[str], Path]:
+    """Writes the config of a run with the given name, whose output is tmp_path / name."""
+
+    def write(name: str) -> Path:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(
+            f"""
+output: {tmp_path / name}
+stage:
+  size: 16
+  network: {NETWORK}
+  encoders:
+    t5: {{kind: t5, model: {t5_folder}, width: 16, max_tokens: 32, drop: 0.2}}
+    clip_text: {{kind: clip_text, model: {clip_folder}, width: 16, pooled_width: 12, max_tokens: 24, drop: 0.2}}
+    clip_image: {{kind: clip_image, model: {clip_folder}, width: 12, pooled_width: 12, max_tokens: 1, drop: 0.5}}
+data: {{train: [{shards / "train"}], validation: {shards / "validation"}, workers: 0}}
+training:
+  images: 64
+  batch_size: 8
+  device: cpu
+  checkpoint_every_images: 16
+  log_every_images: 16
+  optimizer: {{learning_rate: 1.0e-2}}
+  ema: {{halflife_kimg: 0.02}}
+  preview: {{prompts: [a red cube, dogs], every_images: 64, steps: 2, guidance: 2.0}}
+  validation: {{every_images: 32, images: 8, bins: 2}}
+sampling: {{steps: 3, guidance: 2.0}}
+""",
+            encoding="utf-8",
+        )
+        return path
+
+    return write

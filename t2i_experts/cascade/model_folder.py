@@ -1,32 +1,34 @@
 """Model folders: a whole text-to-image model on disk, in the layout of diffusers.
 
-model_index.json                    version, stages, encoders, sampling defaults
+model_index.json                    version, stages, sampling defaults, provenance
 base64/config.json                  the stage: network, noise, encoders' widths
 base64/diffusion_pytorch_model.safetensors
-t5/ clip/                           the encoders, unless they are public weights, which model_index.json names
+t5/ clip/                           the encoders, which config.json names ./t5 and ./clip; public weights it names as the hub does
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from t2i_experts import __version__
 from t2i_experts.cascade.stage import Stage, build_network
 from t2i_experts.conditioning.conditioner import TextConditioner
-from t2i_experts.config import EncoderConfig, SamplingConfig, StageConfig, from_plain, to_plain
+from t2i_experts.config import SamplingConfig, StageConfig, check_sampling, check_stage, check_stage_name, from_plain, to_plain
 from t2i_experts.diffusion.precond import EDMPrecond
 
 INDEX = "model_index.json"
@@ -35,7 +37,10 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model folder in memory. fingerprint: 16 hex digits of the weights of all its stages."""
+    """A model folder in memory.
+
+    stages: by name; for now always one. fingerprint: 16 hex digits of the weights of all its stages.
+    """
 
     stages: Mapping[str, Stage]
     conditioner: TextConditioner
@@ -54,6 +59,8 @@ def find_model(model: str | Path | None) -> Path:
     Raises ValueError that says what was looked for.
     """
     if model is None:
+        if not (embedded_model() / INDEX).is_file():
+            raise ValueError("no model is embedded in this version of the package: name a model folder or hub id (--model)")
         return embedded_model()
     folder = Path(model)
     if folder.is_dir():
@@ -82,18 +89,21 @@ def save_model(
     dtype: torch.dtype | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a model folder of one stage, replacing `folder` in one move once all of it is on disk.
+    """Writes a model folder of one stage, and puts it in the place of `folder` once all of it is on the disk.
+
+    One writer at a time: what an earlier one that was killed left beside `folder` is removed. Encoders' files that are the same as in the
+    folder that is replaced are linked and not copied.
 
     weights: the state of the stage's `EDMPrecond`; floating-point tensors are cast to `dtype` if one is given.
     provenance: free facts about the training, kept in model_index.json.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove(_leftovers(folder, "tmp"))
     stage_folder = temporary / stage.name
     stage_folder.mkdir(parents=True)
-    encoders = conditioner.save(temporary)
+    encoders = conditioner.save(temporary, earlier=folder)
     tensors = {name: (t.to(dtype) if dtype and t.is_floating_point() else t).detach().cpu().contiguous() for name, t in weights.items()}
-    save_file(tensors, stage_folder / WEIGHTS, metadata={"format": "pt", "stage": stage.name})
+    save_file(tensors, stage_folder / WEIGHTS, metadata={"format": "pt"})  # one entry: several are written in any order
     _write_json(stage_folder / "config.json", {"_class_name": "UNet", **to_plain(replace(stage, encoders=encoders))})
     _write_json(
         temporary / INDEX,
@@ -105,11 +115,33 @@ def save_model(
             "provenance": dict(provenance or {}),
         },
     )
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    for path in (*temporary.rglob("*"), temporary):
+        flush(path)
     if folder.exists():
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    flush(folder.parent)
+    _remove(_leftovers(folder, "old"))
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _leftovers(folder: Path, ending: str) -> list[Path]:
+    return list(folder.parent.glob(f".{glob.escape(folder.name)}.*.{ending}"))
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_model(model: str | Path | None, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
@@ -119,22 +151,35 @@ def load_model(model: str | Path | None, *, device: torch.device | str = "cpu", 
     """
     folder = find_model(model)
     index = _read_json(folder / INDEX)
-    digest = hashlib.sha256()
-    stages: dict[str, Stage] = {}
-    encoders: dict[str, EncoderConfig] = {}
-    for name in index.get("stages", []):
-        tree = _read_json(folder / name / "config.json")
-        tree.pop("_class_name", None)
+    names, samplings = index.get("stages"), index.get("sampling")
+    if not isinstance(names, list) or len(names) != 1:
+        raise ValueError(f"{folder / INDEX}: stages={names!r}; this version draws with models of exactly one stage")
+    name = str(names[0])
+    check_stage_name(name, f"{folder / INDEX}: stages[0]")
+    if not isinstance(samplings, dict) or name not in samplings:
+        raise ValueError(f"{folder / INDEX} is not whole: it lacks sampling.{name}; save or fetch the model again")
+    path, weights = folder / name / "config.json", folder / name / WEIGHTS
+    tree = _read_json(path)
+    tree.pop("_class_name", None)
+    with _naming(path):
         config: StageConfig = from_plain(StageConfig, tree)
-        sampling: SamplingConfig = from_plain(SamplingConfig, index["sampling"][name])
-        path = folder / name / WEIGHTS
-        stages[name] = Stage(config, load_denoiser(path, config, device=device, dtype=dtype), sampling)
-        digest.update(_digest(path))
-        encoders = dict(config.encoders)
-    if not stages:
-        raise ValueError(f"{folder / INDEX}: stages is empty")
-    conditioner = TextConditioner.from_config(encoders, root=folder, device=device)
-    return LoadedModel(stages, conditioner, digest.hexdigest()[:16], "embedded" if model is None else str(model))
+        check_stage(config, prefix="")
+    with _naming(folder / INDEX):
+        sampling: SamplingConfig = from_plain(SamplingConfig, samplings[name])
+        check_sampling(sampling, prefix=f"sampling.{name}.")
+    stage = Stage(config, load_denoiser(weights, config, device=device, dtype=dtype), sampling)
+    conditioner = TextConditioner.from_config(config.encoders, root=folder, device=device)
+    fingerprint = hashlib.sha256(_digest(weights)).hexdigest()[:16]
+    return LoadedModel({name: stage}, conditioner, fingerprint, "embedded" if model is None else str(model))
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the file's name before a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def load_denoiser(path: Path, config: StageConfig, *, device: torch.device | str, dtype: torch.dtype = torch.float32) -> EDMPrecond:
@@ -144,7 +189,10 @@ def load_denoiser(path: Path, config: StageConfig, *, device: torch.device | str
     with torch.device("meta"):
         denoiser = build_network(config)
     denoiser = denoiser.to_empty(device=device)
-    weights = load_file(path, device=str(device))
+    try:
+        weights = load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); save or fetch the model again") from error
     try:
         denoiser.load_state_dict(weights, strict=True)
     except RuntimeError as error:

@@ -40,9 +40,11 @@ def start_noise(seed: int, index: int, shape: tuple[int, int, int]) -> Tensor:
 class CascadePipeline:
     """A loaded model folder that makes pictures."""
 
-    def __init__(self, model: LoadedModel, device: torch.device) -> None:
+    def __init__(self, model: LoadedModel, device: torch.device, dtype: torch.dtype) -> None:
+        """device, dtype: what the model's networks are on and in."""
         self.model = model
         self.device = device
+        self.dtype = dtype
 
     @classmethod
     def from_pretrained(
@@ -59,7 +61,7 @@ class CascadePipeline:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device={str(device)!r} is not to be had here: {str(error).splitlines()[0]}") from error
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        return cls(load_model(model, device=device, dtype=dtype), device)
+        return cls(load_model(model, device=device, dtype=dtype), device, dtype)
 
     @property
     def base(self) -> Stage:

@@ -17,6 +17,7 @@ from t2i_experts.nn.unet import UNet
 from t2i_experts.registry import registry
 from t2i_experts.types import Conditioning, Denoiser
 
+IMAGE_CHANNELS = 3
 Progress = Callable[[int, int, Tensor], None]
 """Called after each step with (steps done, steps in all, the denoised images of that step)."""
 
@@ -27,7 +28,9 @@ def build_network(config: StageConfig) -> EDMPrecond:
     unet = UNet(
         network.resolutions,
         {name: (encoder.width, encoder.pooled_width) for name, encoder in config.encoders.items()},
-        image_channels=network.image_channels,
+        in_channels=IMAGE_CHANNELS,
+        out_channels=IMAGE_CHANNELS,
+        patch_size=network.patch_size,
         embedding_channels=network.embedding_channels,
         context_channels=network.context_channels,
         head_channels=network.head_channels,
@@ -50,7 +53,7 @@ class Stage:
     @property
     def noise_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the noise that sampling starts from."""
-        return (self.config.network.image_channels, self.config.size, self.config.size)
+        return (IMAGE_CHANNELS, self.config.size, self.config.size)
 
     @torch.no_grad()
     def sample(

@@ -19,7 +19,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="What to draw. Empty: the model's own choice.")] = None,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to draw. Empty: the model's own choice.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file with a prompt on each line, instead of PROMPT.")] = None,
     out: Annotated[Path, typer.Option(help="A .png file for one picture, or a folder.")] = Path("pictures"),
     num: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 1,
@@ -27,7 +27,7 @@ def generate(
     negative: Annotated[str, typer.Option(help="What to steer away from.")] = "",
     style: Annotated[Path | None, typer.Option(help="A reference picture whose style is taken over.")] = None,
     model: Annotated[str | None, typer.Option(help="A model folder or hub id; default: the embedded model.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side of the picture in pixels.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the picture in pixels: the model's own, or an error.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
     sampler: Annotated[str | None, typer.Option(help="euler, heun or dpmpp_2m.")] = None,
@@ -38,7 +38,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Make pictures from a prompt."""
-    texts = read_prompts(prompt, prompts)
+    texts = read_prompts(prompt, prompts, negative)
     for name, value in (("num", num), ("batch-size", batch_size)):
         if value < 1:
             raise ValueError(f"--{name}={value} must be at least 1")
@@ -53,32 +53,41 @@ def generate(
 
     from t2i_experts.cascade.picture import read_image, save_png, to_pil
     from t2i_experts.cascade.pipeline import CascadePipeline
+    from t2i_experts.config import SamplingConfig, check_sampling
+    from t2i_experts.registry import registry
 
     started = time.monotonic()
-    reference = None if style is None else read_image(style)
+    given: dict[str, Any] = {"steps": steps, "guidance": guidance, "sampler": sampler, "threshold": threshold}
+    check_sampling(SamplingConfig(**{name: value for name, value in given.items() if value is not None}), "--")
+    if sampler is not None:
+        registry.get("sampler", sampler)
+    try:
+        reference = None if style is None else read_image(style)
+    except ValueError as error:
+        raise ValueError(f"--style={style}: {error}") from error
     pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
     if size is not None and size not in pipeline.sizes:
-        raise ValueError(f"--size={size}; this model makes {', '.join(map(str, pipeline.sizes))} px")
-    settings = pipeline.settings(steps=steps, guidance=guidance, sampler=sampler, threshold=threshold)
-    warn_of_truncation(pipeline, texts)
-    bar = _progress_bar(-(-len(jobs) // batch_size) * settings.steps, disable=as_json)
+        raise ValueError(f"--size={size}; this model makes pictures of {', '.join(map(str, pipeline.sizes))} px and no others")
+    settings = pipeline.settings(**given)
+    refuse_what_would_be_ignored(pipeline, settings, negative, style)
+    warn_of_truncation(pipeline, [*dict.fromkeys([*texts, negative])])
     pictures: list[dict[str, Any]] = []
-    for start in range(0, len(jobs), batch_size):
-        batch = range(start, min(start + batch_size, len(jobs)))
-        images = pipeline(
-            [jobs[i][0] for i in batch],
-            negative=negative,
-            style=reference,
-            seed=seed,
-            indices=batch,
-            sampling=settings,
-            progress=lambda done, steps, denoised: bar.update(),
-        )
-        for i, image in zip(batch, images, strict=True):
-            facts = {"prompt": jobs[i][0], "negative": negative, "seed": seed, "index": i, "style": style and str(style)}
-            save_png(to_pil(image), paths[i], {**facts, **_settings(pipeline, settings)})
-            pictures.append({"path": str(paths[i]), **facts})
-    bar.close()
+    with _progress_bar(-(-len(jobs) // batch_size) * settings.steps, disable=as_json) as bar:
+        for start in range(0, len(jobs), batch_size):
+            batch = range(start, min(start + batch_size, len(jobs)))
+            images = pipeline(
+                [jobs[i][0] for i in batch],
+                negative=negative,
+                style=reference,
+                seed=seed,
+                indices=batch,
+                sampling=settings,
+                progress=lambda done, steps, denoised: bar.update(),
+            )
+            for i, image in zip(batch, images, strict=True):
+                facts = {"prompt": jobs[i][0], "negative": negative, "seed": seed, "index": i, "style": style and str(style)}
+                save_png(to_pil(image), paths[i], {**facts, **_settings(pipeline, settings)})
+                pictures.append({"path": str(paths[i]), **facts})
     if as_json:
         seconds = round(time.monotonic() - started, 3)
         print(json.dumps({"pictures": pictures, "seconds": seconds, **_settings(pipeline, settings)}, ensure_ascii=False))
@@ -87,10 +96,19 @@ def generate(
             print(picture["path"])
 
 
-def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
-    """The prompts of the command line: PROMPT, or the lines of a UTF-8 file (blank lines are skipped). Raises ValueError."""
+def read_prompts(prompt: str | None, file: Path | None, negative: str = "") -> list[str]:
+    """The prompts of the command line: PROMPT, or the lines of a UTF-8 file (blank lines are skipped).
+
+    Raises ValueError for both or neither, for a file that cannot be read, and for a PROMPT or negative prompt that is no text.
+    """
     if (prompt is None) == (file is None):
-        raise ValueError("give either PROMPT or --prompts FILE")
+        received = "neither" if file is None else f"both, PROMPT={prompt!r} and --prompts={file}"
+        raise ValueError(f"give either PROMPT or --prompts FILE; received {received}")
+    for name, text in (("PROMPT", prompt or ""), ("--negative", negative)):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name}={text!r} is not valid UTF-8 text") from None
     if file is None:
         assert prompt is not None
         return [prompt]
@@ -105,6 +123,9 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
 
 def picture_paths(texts: list[str], out: Path, seed: int) -> list[Path]:
     """Where each picture goes: `out` itself if it is a .png, else OUT/NUMBER-WORDS-SEED.png. Raises ValueError if they cannot go there."""
+    nearest = next((parent for parent in out.parents if parent.exists()), None)
+    if nearest is not None and not nearest.is_dir():
+        raise ValueError(f"--out={out}: {nearest} is a file, not a folder")
     if out.suffix.lower() == ".png":
         if len(texts) > 1:
             raise ValueError(f"--out={out} is one file for {len(texts)} pictures; give a folder")
@@ -125,6 +146,16 @@ def slug(text: str, length: int = 48) -> str:
     return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:length].strip("-") or "picture"
 
 
+def refuse_what_would_be_ignored(pipeline: CascadePipeline, settings: SamplingConfig, negative: str, style: Path | None) -> None:
+    """Raises ValueError for an option that would not change the picture."""
+    if negative.strip() and settings.guidance == 1:
+        raise ValueError(f"--negative={negative!r} has no effect with guidance 1; give --guidance another value, such as 4")
+    if style is not None and all(encoder.reads != "image" for encoder in pipeline.model.conditioner.encoders.values()):
+        raise ValueError(
+            f"--style={style}: this model has no encoder of pictures; its encoders: {', '.join(pipeline.model.conditioner.names)}"
+        )
+
+
 def warn_of_truncation(pipeline: CascadePipeline, texts: list[str]) -> None:
     """Says on stderr which prompts are longer than an encoder reads, and from which words on."""
     for name, tokens in pipeline.model.conditioner.tokenizer(texts).items():
@@ -139,7 +170,8 @@ def _settings(pipeline: CascadePipeline, settings: SamplingConfig) -> dict[str, 
     from t2i_experts.config import to_plain
 
     model = {"source": pipeline.model.source, "fingerprint": pipeline.model.fingerprint}
-    return {"sampling": to_plain(settings), "model": model, "t2i_experts": __version__}
+    computed = {"dtype": str(pipeline.dtype).removeprefix("torch."), "device": pipeline.device.type}
+    return {"sampling": to_plain(settings), "model": model, **computed, "t2i_experts": __version__}
 
 
 def _progress_bar(total: int, *, disable: bool) -> Any:

@@ -9,7 +9,6 @@ have norms near 20 and elements near 0.7.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from t2i_experts.conditioning.frozen import device_of, dtype_named, freeze, frozen_forward, local_folder, to_device
+from t2i_experts.conditioning.frozen import copy_file, device_of, dtype_named, freeze, frozen_forward, local_folder, to_device
 from t2i_experts.conditioning.spans import cleaned_spans, covering
 from t2i_experts.config import EncoderConfig
 from t2i_experts.types import Embedding, Span, Tokens
@@ -135,14 +134,14 @@ class Towers:
         return towers
 
 
-def _save(source: Path | None, folder: Path) -> None:
+def _save(source: Path | None, folder: Path, earlier: Path | None) -> None:
     """Copies an open_clip folder: both towers, in the dtype that they have. Raises ValueError if there is no source folder."""
     if source is None:
         raise ValueError("only a CLIP that was loaded from a local folder is saved; refer to the others by name")
     folder.mkdir(parents=True, exist_ok=True)
     merges = _merges_file(json.loads((source / CONFIG).read_text())["model_cfg"])
     for file in [CONFIG, WEIGHTS] + ([merges] if merges else []):
-        shutil.copyfile(source / file, folder / file)
+        copy_file(source / file, folder / file, earlier and earlier / file)
 
 
 def _merges_file(model_config: dict[str, Any]) -> str | None:
@@ -161,7 +160,10 @@ def _tokenizer(towers: Towers, model: str) -> SimpleTokenizer:
     merges = _merges_file(towers.model_config)
     if merges is not None and towers.source is None:
         raise ValueError(f"encoder model {model!r}: its own merges file {merges!r} is read from a local folder only; download the model")
-    tokenizer = SimpleTokenizer() if merges is None else SimpleTokenizer(bpe_path=str(Path(str(towers.source)) / merges))
+    try:
+        tokenizer = SimpleTokenizer() if merges is None else SimpleTokenizer(bpe_path=str(Path(str(towers.source)) / merges))
+    except (OSError, EOFError) as error:
+        raise ValueError(f"encoder model {model!r}: its merges file {merges} cannot be read: {error}") from error
     if tokenizer.vocab_size != text_config["vocab_size"]:
         raise ValueError(
             f"encoder model {model!r}: vocab_size={text_config['vocab_size']}, but its tokeniser has {tokenizer.vocab_size} tokens"
@@ -213,9 +215,9 @@ class CLIPTextEncoder:
             hidden: Tensor = output["text_intermediates"][-1][:, :length].float()
         return Embedding(hidden.masked_fill(~mask[..., None], 0.0), mask, output["text_features"].float())
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, earlier: Path | None = None) -> None:
         """Copies the folder that this was loaded from. Raises ValueError if there is none."""
-        _save(self._source, folder)
+        _save(self._source, folder, earlier)
 
 
 class CLIPImageEncoder:
@@ -232,8 +234,8 @@ class CLIPImageEncoder:
         self.pooled_width = self.width
         size = towers.preprocess["size"]
         self.size: int = size if isinstance(size, int) else size[0]
-        self._mean = tuple(towers.preprocess["mean"])
-        self._std = tuple(towers.preprocess["std"])
+        self._mean = torch.tensor(towers.preprocess["mean"])[:, None, None]
+        self._std = torch.tensor(towers.preprocess["std"])[:, None, None]
         self._source = towers.source
 
     @classmethod
@@ -261,9 +263,10 @@ class CLIPImageEncoder:
         images = interpolate(images.float(), (height, width), mode="bicubic", antialias=True)
         top, left = (height - self.size) // 2, (width - self.size) // 2
         images = images[..., top : top + self.size, left : left + self.size]
-        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self._mean, self._std))
-        return ((images + 1) / 2).clamp(0, 1).sub(mean).div(std)
+        if self._mean.device != images.device:  # once, since such a copy waits for the device
+            self._mean, self._std = self._mean.to(images.device), self._std.to(images.device)
+        return ((images + 1) / 2).clamp(0, 1).sub(self._mean).div(self._std)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, earlier: Path | None = None) -> None:
         """Copies the folder that this was loaded from. Raises ValueError if there is none."""
-        _save(self._source, folder)
+        _save(self._source, folder, earlier)

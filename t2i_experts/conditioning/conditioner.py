@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from t2i_experts.conditioning.frozen import device_of, local_folder, to_device
@@ -50,8 +51,8 @@ class Encoder(Protocol):
 
     def encode(self, inputs: Any) -> Embedding: ...
 
-    def save(self, folder: Path) -> None:
-        """Writes what `load` needs; called only for encoders whose `config.model` is a local folder."""
+    def save(self, folder: Path, earlier: Path | None = None) -> None:
+        """Writes what `load` needs; called only for encoders whose `config.model` is a local folder. earlier: see `copy_file`."""
         ...
 
 
@@ -98,6 +99,9 @@ class TextConditioner:
                 loaded[name] = registry.get("encoder", config.kind).load(config, root, device, shared)
             except ValueError as error:
                 raise ValueError(f"encoders.{name}: {error}") from error
+            except SafetensorError as error:
+                place = local_folder(config.model, root) or config.model
+                raise ValueError(f"encoders.{name}: the weights in {place} are damaged ({error}); fetch or copy them again") from error
         return cls(loaded, encoders, root)
 
     @property
@@ -144,10 +148,11 @@ class TextConditioner:
             self._fingerprints[name] = weights_fingerprint(self.encoders[name].model)
         return self._fingerprints[name]
 
-    def save(self, folder: Path) -> dict[str, EncoderConfig]:
+    def save(self, folder: Path, earlier: Path | None = None) -> dict[str, EncoderConfig]:
         """Writes the encoders that came from local folders or with this package into subfolders (t5, clip) of a model folder.
 
-        Returns the configs to store in it: these name the subfolders, and those of public weights stay as they were.
+        earlier: a model folder that this one takes the place of; what has not changed since is linked and not copied.
+        Returns the configs to store in it: these name the subfolders (./t5), and those of public weights stay as they were.
         """
         configs: dict[str, EncoderConfig] = {}
         written: dict[Path, str] = {}
@@ -155,9 +160,10 @@ class TextConditioner:
             source = local_folder(config.model, self._root)
             if source is not None and source not in written:
                 subfolder = config.kind.removesuffix("_text").removesuffix("_image")
-                written[source] = name if subfolder in written.values() else subfolder
-                self.encoders[name].save(folder / written[source])
-            configs[name] = config if source is None else replace(config, model=written[source])
+                taken = {*written.values(), *(other for other in self._configs if other != name)}
+                written[source] = name if subfolder in taken else subfolder
+                self.encoders[name].save(folder / written[source], earlier and earlier / written[source])
+            configs[name] = config if source is None else replace(config, model=f"./{written[source]}")
         return configs
 
     def _encode(self, tokens: Mapping[str, Tokens], images: Tensor | None, drops: Mapping[str, Tensor], batch: int) -> Conditioning:
@@ -196,15 +202,8 @@ def _rows(inputs: Tokens | Tensor, rows: Tensor) -> Tokens | Tensor:
 
 
 def _null(encoder: Encoder, batch: int, length: int) -> Embedding:
-    """`batch` null rows of `length` tokens, the first of them valid."""
-    device = device_of(encoder.model)
-    mask = torch.zeros(batch, length, dtype=torch.bool, device=device)
-    mask[:, 0] = True
-    return Embedding(
-        tokens=torch.zeros(batch, length, encoder.width, device=device),
-        mask=mask,
-        pooled=torch.zeros(batch, encoder.pooled_width, device=device) if encoder.pooled_width else None,
-    )
+    """`batch` rows of `length` tokens that this encoder says nothing in."""
+    return Embedding.null(batch, length, encoder.width, encoder.pooled_width, device=device_of(encoder.model))
 
 
 def _scattered(encoder: Encoder, kept: Tensor, inputs: Tokens | Tensor | None) -> Embedding:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
@@ -21,8 +23,9 @@ Module = TypeVar("Module", bound=nn.Module)
 def local_folder(model: str, root: Path | None) -> Path | None:
     """The folder that an `EncoderConfig.model` names, or None if it names something public (a hub id, an architecture).
 
-    `embedded:NAME` ships with this package; any other name is tried as a folder relative to `root`, then to the working directory.
-    Raises ValueError for an embedded name that does not exist, and for what can only be a path but is no folder.
+    `embedded:NAME` ships with this package; `./NAME` lies in `root`, a model folder, if one is given; any other name is tried as a folder
+    relative to `root`, then to the working directory. Raises ValueError for an embedded name that does not exist, and for what can only
+    be a path but is no folder.
     """
     if model.startswith(EMBEDDED):
         shelf = Path(str(resources.files("t2i_experts"))) / "pretrained"
@@ -31,6 +34,10 @@ def local_folder(model: str, root: Path | None) -> Path | None:
         if name not in folders:
             raise ValueError(f"encoder model {model!r} does not ship with this package; allowed: {', '.join(sorted(folders)) or 'none'}")
         return folders[name]
+    if root is not None and model.startswith("./"):
+        if not (root / model).is_dir():
+            raise ValueError(f"encoder model {model!r}: the model folder {root} is not whole, it lacks {Path(model)}")
+        return (root / model).resolve()
     path = Path(model).expanduser()
     for folder in (path,) if root is None else (root / path, path):
         if folder.is_dir():
@@ -38,6 +45,23 @@ def local_folder(model: str, root: Path | None) -> Path | None:
     if path.is_absolute() or model.startswith((".", "~")):
         raise ValueError(f"encoder model {model!r} is not a folder")
     return None
+
+
+def copy_file(source: Path, target: Path, earlier: Path | None = None) -> None:
+    """Copies a file, or makes `target` a hard link to `earlier` if that is a copy of the file as it is now (same size and time of change).
+
+    A model folder is written again and again in a run, and its encoders, which may be gigabytes, are on the disk once. What the copies are
+    linked to is another copy and never the source, which its owner may change in place.
+    """
+    if earlier is not None and earlier.is_file():
+        old, new = earlier.stat(), source.stat()
+        if (old.st_size, old.st_mtime_ns) == (new.st_size, new.st_mtime_ns):
+            try:
+                os.link(earlier, target)
+                return
+            except OSError:  # another file system, or one without hard links
+                pass
+    shutil.copy2(source, target)
 
 
 def dtype_named(name: str, model: str) -> torch.dtype:

@@ -8,7 +8,6 @@ overflows to NaN, and always gets the attention mask.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from torch.nn.functional import pad
 
-from t2i_experts.conditioning.frozen import device_of, dtype_named, freeze, frozen_forward, local_folder, to_device
+from t2i_experts.conditioning.frozen import copy_file, device_of, dtype_named, freeze, frozen_forward, local_folder, to_device
 from t2i_experts.conditioning.spans import trimmed
 from t2i_experts.config import EncoderConfig
 from t2i_experts.types import Embedding, Span, Tokens
@@ -38,7 +37,12 @@ class T5Tokenizer:
     def __init__(self, vocabulary: bytes, max_tokens: int) -> None:
         if max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens} must be positive")
-        self.pieces = SentencePieceProcessor(model_proto=vocabulary)
+        try:
+            self.pieces = SentencePieceProcessor(model_proto=vocabulary)
+        except RuntimeError as error:
+            raise ValueError(f"the SentencePiece vocabulary is damaged: {error}") from error
+        if not vocabulary:
+            raise ValueError("the SentencePiece vocabulary is empty")
         self.max_tokens = max_tokens
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
@@ -85,6 +89,15 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, L) bool, True = real token, to what is added to the scores, (B, 1, 1, L): 0, or the lowest number of `dtype` at padding.
+
+    transformers takes four dimensions as they are. From two it would make the same, but first ask the device whether there is any padding
+    at all, and wait for the answer.
+    """
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)[:, None, None, :]
 
 
 class T5Encoder:
@@ -135,7 +148,10 @@ class T5Encoder:
         if lacking:
             raise ValueError(f"encoder model {config.model!r} lacks the weights {sorted(lacking)[:3]} ({len(lacking)} in all)")
         assert vocabulary is not None
-        tokenizer = T5Tokenizer(Path(vocabulary).read_bytes(), config.max_tokens)
+        try:
+            tokenizer = T5Tokenizer(Path(vocabulary).read_bytes(), config.max_tokens)
+        except ValueError as error:
+            raise ValueError(f"{vocabulary}: {error}") from error
         return cls(freeze(model, device, dtype), tokenizer, folder)
 
     def encode(self, tokens: Tokens) -> Embedding:
@@ -145,12 +161,12 @@ class T5Encoder:
         mask = to_device(tokens.mask, device)
         with frozen_forward(device):
             hidden: Tensor = self.model(
-                input_ids=to_device(tokens.ids[:, :length], device), attention_mask=mask[:, :length].long()
+                input_ids=to_device(tokens.ids[:, :length], device), attention_mask=additive(mask[:, :length], self.model.dtype)
             ).last_hidden_state  # (B, length, D)
             hidden = hidden.float().masked_fill(~mask[:, :length, None], 0.0)
         return Embedding(pad(hidden, (0, 0, 0, mask.shape[1] - length)), mask)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, earlier: Path | None = None) -> None:
         """Copies the files that `load` needs, in the dtype that they have. Raises ValueError if they came from no local folder."""
         if self._source is None:
             raise ValueError("only a T5 that was loaded from a local folder is saved; refer to the others by their hub id")
@@ -159,4 +175,4 @@ class T5Encoder:
         if len(wanted) == 2:
             raise ValueError(f"{self._source} holds no safetensors; convert its weights with transformers' save_pretrained first")
         for file in wanted:
-            shutil.copyfile(file, folder / file.name)
+            copy_file(file, folder / file.name, earlier and earlier / file.name)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from t2i_experts import __version__
+from t2i_experts.cascade.model_folder import flush
 from t2i_experts.config import RunConfig, differences, from_plain, to_plain
 from t2i_experts.training.ema import EMA
 
@@ -62,11 +62,11 @@ class TrainState:
         }
         (temporary / "state.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
-            _flush(path)
+            flush(path)
         if folder.exists():
             _remove(folder)
         temporary.rename(folder)
-        _flush(folder.parent)
+        flush(folder.parent)
         for old in checkpoints(root)[:-keep]:
             _remove(old)
         return folder
@@ -158,7 +158,7 @@ MAY_CHANGE = (
 
 
 def refuse_changed_config(folder: Path, config: RunConfig) -> None:
-    """Raises ValueError with the differences if a checkpoint was made under another config; values it did not know yet count as defaults."""
+    """Raises ValueError with the differences if a checkpoint was made under another config; what it did not know counts as default."""
     old = to_plain(from_plain(RunConfig, read_facts(folder)["config"]))
     changes = []
     for line in differences(old, to_plain(config)):
@@ -199,12 +199,3 @@ def restore_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, tens
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file or a folder's list of names is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

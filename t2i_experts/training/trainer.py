@@ -53,17 +53,18 @@ class Trainer:
         self.accelerator = open_processes(training)
         self.device = self.accelerator.device
         self.world_size, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        if self.accelerator.is_main_process:
-            self._lock = lock_run(self.root)
-        self.resumed_from = agreed_checkpoint(self.root)
-        if self.resumed_from is not None:
-            refuse_changed_config(self.resumed_from, config)
+        newest = agreed_checkpoint(self.root)
+        if newest is not None:
+            refuse_changed_config(newest, config)
 
         self.reader = ShardReader(config.data.train, size=config.stage.size, seed=training.seed)
         self.validation = ShardReader([config.data.validation], size=config.stage.size, seed=0) if config.data.validation else None
         conditioner = TextConditioner.from_config(config.stage.encoders, device=self.device)
         self.task = DiffusionTask(config.stage, conditioner, seed=training.seed, device=self.device, bf16=training.precision == "bf16")
 
+        if self.accelerator.is_main_process:
+            self._lock = lock_run(self.root)  # not before: a mistake in the config leaves no folder behind
+        self.resumed_from = agreed_checkpoint(self.root)
         torch.manual_seed(training.seed)
         self.network: EDMPrecond = build_network(config.stage).to(self.device)
         self.ema = EMA(self.network, training.ema.halflife_kimg, training.ema.rampup)

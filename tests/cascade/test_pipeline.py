@@ -77,6 +77,13 @@ def test_bfloat16_is_close_to_float32(pipeline: CascadePipeline, model_folder: P
     assert difference.abs().mean() < 8
 
 
+def test_it_says_what_it_computes_on_and_in(pipeline: CascadePipeline, model_folder: Path) -> None:
+    assert (pipeline.device, pipeline.dtype) == (torch.device("cpu"), torch.float32)
+    half = CascadePipeline.from_pretrained(model_folder, device="cpu", dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert {p.dtype for p in half.base.denoiser.parameters()} == {half.dtype}  # type: ignore[attr-defined]
+
+
 def test_wrong_input(pipeline: CascadePipeline, model_folder: Path) -> None:
     with pytest.raises(ValueError, match="indices"):
         pipeline(["a", "b"], indices=[1])

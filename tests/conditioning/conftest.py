@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from t2i_experts.config import EncoderConfig
 
@@ -43,7 +46,7 @@ def configs(t5_folder: Path, clip_folder: Path) -> dict[str, EncoderConfig]:
     return {
         "t5": EncoderConfig("t5", str(t5_folder), width=16, max_tokens=32),
         "clip_text": EncoderConfig("clip_text", str(clip_folder), width=16, pooled_width=12, max_tokens=24),
-        "clip_image": EncoderConfig("clip_image", str(clip_folder), width=12, pooled_width=12),
+        "clip_image": EncoderConfig("clip_image", str(clip_folder), width=12, pooled_width=12, max_tokens=1),
     }
 
 
@@ -55,3 +58,18 @@ def nasty(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def nasty_prompts() -> list[str]:
     return list(NASTY)
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses what would make the CPU wait for a GPU: values read back, sizes that depend on values, tensors made from Python's numbers."""
+
+    forbidden = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in self.forbidden, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_sync() -> AbstractContextManager[Any]:
+    return NoSync()

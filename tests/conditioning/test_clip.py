@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -125,6 +127,13 @@ def test_image_features_are_open_clips(image: CLIPImageEncoder, reference: torch
     assert embedding.pooled is not None
     torch.testing.assert_close(embedding.pooled, expected)
     assert torch.equal(embedding.tokens, embedding.pooled[:, None]) and embedding.mask.all() and embedding.mask.shape == (3, 1)
+
+
+def test_neither_tower_waits_for_the_device(text: CLIPTextEncoder, image: CLIPImageEncoder, no_sync: AbstractContextManager[Any]) -> None:
+    tokens, images = text.tokenizer.tokenize(["a red apple", ""]), torch.rand(2, 3, 40, 32) * 2 - 1
+    with no_sync:
+        text.encode(tokens)
+        image.encode(images)
 
 
 def test_bfloat16_comes_back_as_float32(configs: dict[str, EncoderConfig], text: CLIPTextEncoder, image: CLIPImageEncoder) -> None:

@@ -40,6 +40,15 @@ def assert_equal(a: Conditioning, b: Conditioning) -> None:
         assert_same(a.embeddings[name], b.embeddings[name])
 
 
+def row(e: Embedding, i: int) -> Embedding:
+    return Embedding(e.tokens[i : i + 1], e.mask[i : i + 1], None if e.pooled is None else e.pooled[i : i + 1])
+
+
+def padded_null(like: Embedding) -> Embedding:
+    """What a dropped row of such a batch is."""
+    return Embedding.null(1, *like.tokens.shape[1:], 0 if like.pooled is None else like.pooled.shape[1])
+
+
 def test_shapes_widths_and_names(conditioner: TextConditioner, images: torch.Tensor) -> None:
     embeddings = conditioner(PROMPTS, images).embeddings
     assert conditioner.names == list(embeddings) == ["t5", "clip_text", "clip_image"]
@@ -52,9 +61,10 @@ def test_blank_prompts_are_null_and_so_are_missing_images(conditioner: TextCondi
     with_images, without = conditioner(PROMPTS, images), conditioner(PROMPTS)
     null = conditioner.null()
     for name in ("t5", "clip_text"):
-        drop = torch.tensor([False, True, False, name == "clip_text"])  # T5 reads an HTML entity as the characters that it has
-        assert_same(with_images.embeddings[name], with_images.embeddings[name].dropped(drop))
-        assert with_images.embeddings[name].tokens[0].any() and with_images.embeddings[name].tokens[2].any()
+        encoded = with_images.embeddings[name]
+        assert_same(row(encoded, 1), padded_null(encoded))
+        assert encoded.tokens[0].any() and encoded.tokens[2].any()
+        assert encoded.tokens[3].any() == (name == "t5")  # which reads an HTML entity as the characters that it has
     assert_same(without.embeddings["clip_image"], conditioner.null(4).embeddings["clip_image"])
     padded = Conditioning.cat([null, conditioner(["", ""]), conditioner(["a red apple"])])
     assert_equal(padded.rows(0, 1), padded.rows(1, 2))
@@ -69,7 +79,10 @@ def test_dropping_while_encoding_is_dropping_afterwards(conditioner: TextConditi
         "clip_image": torch.tensor([False, True, True, False]),
     }
     tokens = conditioner.tokenizer(prompts)
-    assert_equal(conditioner.encode(tokens, images, drops), conditioner(prompts, images).drop(drops))
+    dropped, whole = conditioner.encode(tokens, images, drops).embeddings, conditioner(prompts, images).embeddings
+    for name, drop in drops.items():
+        for i in range(4):
+            assert_same(row(dropped[name], i), padded_null(whole[name]) if drop[i] else row(whole[name], i))
 
 
 def test_dropped_rows_are_not_computed(conditioner: TextConditioner, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +141,7 @@ def test_saved_encoders_say_the_same_from_the_model_folder(
     conditioner: TextConditioner, configs: dict[str, EncoderConfig], images: torch.Tensor, tmp_path: Path
 ) -> None:
     saved = conditioner.save(tmp_path)
-    assert {name: config.model for name, config in saved.items()} == {"t5": "t5", "clip_text": "clip", "clip_image": "clip"}
+    assert {name: config.model for name, config in saved.items()} == {"t5": "./t5", "clip_text": "./clip", "clip_image": "./clip"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip", "t5"]
     again = TextConditioner.from_config(saved, root=tmp_path)
     assert_equal(again(PROMPTS, images), conditioner(PROMPTS, images))
@@ -141,7 +154,9 @@ def test_two_models_of_a_kind_get_folders_of_their_own(configs: dict[str, Encode
     shutil.copytree(t5_folder, tmp_path / "other")
     two = {"first": configs["t5"], "second": replace(configs["t5"], model=str(tmp_path / "other"))}
     saved = TextConditioner.from_config(two).save(tmp_path / "model")
-    assert [config.model for config in saved.values()] == ["t5", "second"]
+    assert [config.model for config in saved.values()] == ["./t5", "./second"]
+    named = TextConditioner.from_config({"x": two["first"], "t5": two["second"]}).save(tmp_path / "named")
+    assert [config.model for config in named.values()] == ["./x", "./t5"], "each has its own"
 
 
 def test_fingerprints_tell_weights_apart_and_ignore_how_they_are_stored(
@@ -164,6 +179,10 @@ def test_folders_are_found_in_the_root_first_then_here(tmp_path: Path, monkeypat
     assert local_folder("only", tmp_path / "root") == tmp_path / "here" / "only"
     assert local_folder(str(tmp_path / "here"), None) == tmp_path / "here"
     assert local_folder("google/t5-v1_1-xxl", tmp_path) is None
+    assert local_folder("./t5", tmp_path / "root") == tmp_path / "root" / "t5"
+    assert local_folder("./only", None) == tmp_path / "here" / "only"
+    with pytest.raises(ValueError, match=r"'\./only': the model folder .*root is not whole, it lacks only"):
+        local_folder("./only", tmp_path / "root")
     for wrong in ("embedded:", "embedded:..", "embedded:absent", "/absent", "../absent"):
         with pytest.raises(ValueError):
             local_folder(wrong, None)

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unicodedata import normalize
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel, T5Tokenizer
 
-from t2i_experts.conditioning.t5 import T5Encoder
+from t2i_experts.conditioning.t5 import T5Encoder, additive
 from t2i_experts.conditioning.t5 import T5Tokenizer as Tokenizer
 from t2i_experts.config import EncoderConfig
 from t2i_experts.types import Tokens
@@ -87,6 +89,32 @@ def test_features_are_transformers_own(encoder: T5Encoder, t5_folder: Path) -> N
     assert embedding.tokens.shape == (1, 32, 16) and embedding.pooled is None
     torch.testing.assert_close(embedding.tokens[:, : real.shape[1]], expected)
     assert torch.equal(embedding.mask, tokens.mask) and not embedding.tokens[~embedding.mask].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mask_of_four_dimensions_is_transformers_own(encoder: T5Encoder, t5_folder: Path, dtype: torch.dtype) -> None:
+    model = T5EncoderModel.from_pretrained(t5_folder, dtype=dtype).eval()
+    tokens = encoder.tokenizer.tokenize(["a red apple", "one", "of 3 dogs on the left of a cube"])
+    with torch.no_grad():
+        expected = model(input_ids=tokens.ids, attention_mask=tokens.mask.long()).last_hidden_state
+        ours = model(input_ids=tokens.ids, attention_mask=additive(tokens.mask, dtype)).last_hidden_state
+    torch.testing.assert_close(ours[tokens.mask], expected[tokens.mask])
+
+
+def test_the_network_runs_without_waiting_for_the_device(
+    encoder: T5Encoder, monkeypatch: pytest.MonkeyPatch, no_sync: AbstractContextManager[Any]
+) -> None:
+    """The longest prompt's length is read on the CPU; after that no value decides what is computed."""
+    forward = encoder.model.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with no_sync:
+            return forward(*args, **kwargs)
+
+    monkeypatch.setattr(encoder.model, "forward", watched)
+    with pytest.raises(AssertionError, match="waits for the device"):
+        encoder.model(input_ids=torch.ones(2, 3, dtype=torch.int64), attention_mask=torch.ones(2, 3, dtype=torch.int64))
+    encoder.encode(encoder.tokenizer.tokenize(["a red apple", "one"]))
 
 
 def test_features_do_not_depend_on_padding_or_neighbours(encoder: T5Encoder, nasty_prompts: list[str]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from t2i_experts.config import ResolutionSpec, load_config
+from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.nn.unet import UNet
-from t2i_experts.types import Embedding
+from t2i_experts.types import Conditioning, Embedding
 
 ENCODERS = {"t5": (6, 0), "clip_text": (4, 5)}
 
@@ -75,7 +79,8 @@ def test_padding_is_never_attended(unet: UNet) -> None:
 @pytest.mark.parametrize("name", list(ENCODERS))
 def test_every_encoder_is_heard(unet: UNet, name: str) -> None:
     x, given = torch.randn(2, 3, 16, 16), embeddings(2)
-    other = dict(given) | {name: given[name].dropped(torch.tensor([True, False]))}
+    null = Conditioning({name: Embedding.null(1, 4, *ENCODERS[name])})
+    other = given | Conditioning.cat([null, Conditioning({name: given[name]}).rows(1, 2)]).embeddings
     first, second = run(unet, x, given), run(unet, x, other)
     assert not torch.allclose(first[0], second[0], atol=1e-4)
     torch.testing.assert_close(first[1], second[1], atol=1e-5, rtol=1e-4)
@@ -102,6 +107,68 @@ def test_bfloat16_autocast_stays_close(unet: UNet) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         actual = run(unet, x, embeddings(2)).float()
     assert float((actual - expected).norm() / expected.norm()) < 0.03
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_noise_too_low_for_bfloat16_is_seen(unet: UNet, weights: torch.dtype) -> None:
+    """Two inputs that bfloat16 cannot tell apart: at low sigma the noise is what they differ in."""
+    x = torch.full((1, 3, 16, 16), 1.5) + 2e-3
+    y = x + 1e-3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    assert torch.equal(x.bfloat16(), y.bfloat16())
+    network = copy.deepcopy(unet).to(weights)
+    with torch.no_grad():
+        nn.init.normal_(network.conv_in.weight, std=2.0)
+        network.conv_in.weight -= network.conv_in.weight.mean((1, 2, 3), keepdim=True)  # what remains after rounding is the difference
+    with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
+        first, second = run(network, x, embeddings(1)), run(network, y, embeddings(1))
+    assert first.dtype == torch.bfloat16
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_compiles_as_one_graph_under_autocast(patch_size: int) -> None:
+    torch.manual_seed(0)
+    specs = [ResolutionSpec(8, 1), ResolutionSpec(8, 1, True, True)]
+    network = UNet(specs, ENCODERS, patch_size=patch_size, embedding_channels=8, context_channels=8, head_channels=8)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    denoiser = EDMPrecond(network)
+    compiled = torch.compile(denoiser, backend="aot_eager", fullgraph=True)
+    x, sigma, conditioning = torch.randn(2, 3, 8, 8), torch.tensor([0.002, 3.0]), Conditioning(embeddings(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(x, sigma, conditioning), denoiser(x, sigma, conditioning), atol=2e-2, rtol=2e-2)
+
+
+def test_channels_in_and_out_are_the_callers() -> None:
+    network = UNet([ResolutionSpec(8, 1)], ENCODERS, in_channels=7, out_channels=4, embedding_channels=8, context_channels=8)
+    assert run(network, torch.randn(2, 7, 8, 8), embeddings(2)).shape == (2, 4, 8, 8)
+
+
+def test_patches_fold_space_into_channels() -> None:
+    """A network with patches is one without them on folded images: the same weights, the folding outside."""
+    specs = [ResolutionSpec(8, 1), ResolutionSpec(8, 1, False, True)]
+    arguments = {"embedding_channels": 8, "context_channels": 8, "head_channels": 8}
+    patched = UNet(specs, ENCODERS, patch_size=2, **arguments)
+    plain = UNet(specs, ENCODERS, in_channels=12, out_channels=12, **arguments)
+    for parameter in patched.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    plain.load_state_dict(patched.state_dict())
+    x = torch.randn(2, 3, 16, 8)
+    expected = F.pixel_shuffle(run(plain, F.pixel_unshuffle(x, 2), embeddings(2)), 2)
+    out = run(patched, x, embeddings(2))
+    assert out.shape == x.shape
+    torch.testing.assert_close(out, expected)
+    sides: list[int] = []
+    patched.down[0].register_forward_pre_hook(lambda module, given: sides.append(given[0].shape[-1]))
+    run(patched, x, embeddings(2))
+    assert sides == [4], "the first resolution has half the image's side"
+
+
+def test_without_patches_nothing_is_folded(unet: UNet) -> None:
+    assert unet.conv_in.weight.shape == (16, 3, 3, 3)
+    assert unet.conv_out.weight.shape == (3, 16, 3, 3)
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(unet._first_convolution(x), unet.conv_in(x))
 
 
 def test_gradients_reach_every_parameter(unet: UNet) -> None:

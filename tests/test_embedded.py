@@ -1,0 +1,66 @@
+"""What ships with the package: encoders that the tiny config finds, and the embedded model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2i_experts.cascade.model_folder import INDEX, embedded_model
+from t2i_experts.cascade.picture import read_image
+from t2i_experts.conditioning.conditioner import TextConditioner
+from t2i_experts.config import load_config
+
+needs_network = pytest.mark.skipif(not (embedded_model() / INDEX).is_file(), reason="the embedded network is not in this checkout yet")
+
+
+@pytest.mark.parametrize("name", ["tiny"])
+def test_embedded_encoders_fit_the_configs_that_name_them(pytestconfig: pytest.Config, name: str) -> None:
+    """Widths are checked on loading. Two captions that say the same are closer than two that do not, in both encoders."""
+    stage = load_config(pytestconfig.rootpath / "configs" / name / "base64.yaml").stage
+    conditioner = TextConditioner.from_config(stage.encoders)
+    embeddings = conditioner(["a 3D emoji of an owl", "an owl, 3D render", "a pizza on a red background"]).embeddings
+    t5 = embeddings["t5"]
+    means = (t5.tokens * t5.mask[..., None]).sum(dim=1) / t5.mask.sum(dim=1, keepdim=True)
+    pooled = embeddings["clip_text"].pooled
+    assert pooled is not None
+    for vectors in (means, pooled):
+        unit = torch.nn.functional.normalize(vectors - vectors.mean(dim=0), dim=1)
+        assert float(unit[0] @ unit[1]) > float(unit[0] @ unit[2]) + 0.3
+
+
+def test_what_ships_is_small(pytestconfig: pytest.Config) -> None:
+    shipped = sum(path.stat().st_size for path in embedded_model().rglob("*") if path.is_file())
+    assert shipped <= 26 * 2**20
+
+
+@needs_network
+def test_a_picture_from_the_shell_offline_in_time(tmp_path: Path) -> None:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    started = time.monotonic()
+    command = [
+        sys.executable,
+        "-m",
+        "t2i_experts",
+        "generate",
+        "a red apple",
+        "--json",
+        "--out",
+        str(tmp_path / "apple.png"),
+        "--device",
+        "cpu",
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False)
+    seconds = time.monotonic() - started
+    assert done.returncode == 0, done.stderr.decode()
+    assert json.loads(done.stdout)["model"]["source"] == "embedded"
+    red, green, blue = read_image(tmp_path / "apple.png")[0, :, 16:48, 16:48].mean(dim=(1, 2))
+    assert red > green + 0.3
+    assert red > blue + 0.3
+    assert seconds < 45  # 15 on two free cores; tests share theirs
