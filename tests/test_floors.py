@@ -42,7 +42,7 @@ DOORS = {
     "ftfy": ("conditioning.spans",),
     "gradio": ("ui",),
     "huggingface_hub": ("conditioning", "cascade.model_folder", "training.state"),
-    "omegaconf": ("config",),
+    "omegaconf": ("config.files",),
     "open_clip": ("conditioning.clip", "evaluation.features", "evaluation.clip_score"),
     "safetensors": ("conditioning", "cascade.model_folder", "training.state"),
     "sentencepiece": ("conditioning.t5",),

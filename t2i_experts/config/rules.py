@@ -1,0 +1,155 @@
+"""What a config must keep to beyond its types. Each error names the key, the value received and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from t2i_experts.config.schema import RunConfig, SamplingConfig, StageConfig, TrainingConfig
+
+
+def check_sampling(sampling: SamplingConfig, prefix: str = "sampling.") -> None:
+    """Raises ValueError for settings that cannot be sampled with, naming the field after `prefix`. Samplers' names are the registry's."""
+    if sampling.steps < 1:
+        raise ValueError(f"{prefix}steps={sampling.steps} must be at least 1")
+    if not 0 <= sampling.guidance < math.inf:
+        raise ValueError(f"{prefix}guidance={sampling.guidance} must be finite and not negative; 1 means no guidance")
+    lo, hi = sampling.guidance_interval
+    if not 0 <= lo < hi:
+        raise ValueError(f"{prefix}guidance_interval={sampling.guidance_interval} must be [lo, hi] with 0 <= lo < hi, in units of sigma")
+    if not 0 <= sampling.threshold < 1:
+        raise ValueError(f"{prefix}threshold={sampling.threshold} must lie in [0, 1); 0 means no dynamic thresholding")
+    if not 0 < sampling.sigma_min < sampling.sigma_max < math.inf:
+        raise ValueError(f"{prefix}sigma_min={sampling.sigma_min} must be positive and below {prefix}sigma_max={sampling.sigma_max}")
+    if not 0 < sampling.rho < math.inf:
+        raise ValueError(f"{prefix}rho={sampling.rho} must be positive and finite")
+
+
+_RANGES: dict[str, Callable[[float], bool]] = {
+    "must be positive and finite": lambda value: 0 < value < math.inf,
+    "must be finite and not negative": lambda value: 0 <= value < math.inf,
+    "must be finite": math.isfinite,
+    "must lie in [0, 1)": lambda value: 0 <= value < 1,
+}
+_STAGE = {
+    "must be positive and finite": (
+        "size",
+        "network.patch_size",
+        "network.embedding_channels",
+        "network.context_channels",
+        "network.head_channels",
+        "noise.std",
+        "noise.sigma_data",
+    ),
+    "must be finite": ("noise.mean",),
+    "must lie in [0, 1)": ("network.dropout",),
+}
+_ENCODER = {
+    "must be positive and finite": ("width", "max_tokens"),
+    "must be finite and not negative": ("pooled_width",),
+    "must lie in [0, 1)": ("drop",),
+}
+_TRAINING = {
+    "must be positive and finite": (
+        "images",
+        "batch_size",
+        "accumulation",
+        "checkpoint_every_images",
+        "keep_checkpoints",
+        "log_every_images",
+        "ema.halflife_kimg",
+        "validation.images",
+        "validation.bins",
+    ),
+    "must be finite and not negative": (
+        "max_minutes",
+        "optimizer.learning_rate",
+        "optimizer.warmup_images",
+        "optimizer.eps",
+        "optimizer.weight_decay",
+        "optimizer.clip_norm",
+        "ema.rampup",
+        "preview.every_images",
+        "validation.every_images",
+    ),
+    "must lie in [0, 1)": ("optimizer.beta1", "optimizer.beta2"),
+}
+
+
+def _check_numbers(owner: object, prefix: str, table: Mapping[str, Sequence[str]]) -> None:
+    """Raises ValueError for the first value of `owner` that is outside the range that `table` gives its key."""
+    for allowed, keys in table.items():
+        for key in keys:
+            value = operator.attrgetter(key)(owner)
+            if not _RANGES[allowed](value):
+                raise ValueError(f"{prefix}{key}={value} {allowed}")
+
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_RESERVED = ("t5", "clip", "tokenizer")  # what else a model folder holds
+
+
+def check_stage_name(name: str, where: str) -> None:
+    """Raises ValueError for a name that cannot be a stage's, which is its folder inside a model folder."""
+    if not _NAME.fullmatch(name) or name in _RESERVED:
+        raise ValueError(f"{where}={name!r} must be letters, digits, '_' and '-', and none of {', '.join(_RESERVED)}")
+
+
+def check_stage(stage: StageConfig, prefix: str = "stage.") -> None:
+    """Raises ValueError for a stage that cannot be built or saved, naming the field after `prefix`."""
+    network, resolutions = stage.network, stage.network.resolutions
+    check_stage_name(stage.name, f"{prefix}name")
+    _check_numbers(stage, prefix, _STAGE)
+    if not resolutions:
+        raise ValueError(f"{prefix}network.resolutions is empty; the U-Net needs at least one resolution")
+    factor = network.patch_size * 2 ** (len(resolutions) - 1)
+    if stage.size % factor:
+        raise ValueError(
+            f"{prefix}size={stage.size} must be a multiple of {factor} for {len(resolutions)} resolutions and "
+            f"patch_size {network.patch_size}"
+        )
+    for i, spec in enumerate(resolutions):
+        where = f"{prefix}network.resolutions[{i}]"
+        if spec.channels < 1 or spec.blocks < 1:
+            raise ValueError(f"{where} has channels={spec.channels}, blocks={spec.blocks}; both must be positive")
+        if (spec.self_attention or spec.cross_attention) and spec.channels % network.head_channels:
+            raise ValueError(f"{where}.channels={spec.channels} must be a multiple of head_channels={network.head_channels}")
+    if not any(spec.cross_attention for spec in resolutions):
+        raise ValueError(f"{prefix}network.resolutions: at least one needs cross_attention: true, or the prompt's tokens are never read")
+    if not stage.encoders:
+        raise ValueError(f"{prefix}encoders is empty; at least one encoder must condition the model")
+    for name, encoder in stage.encoders.items():
+        where = f"{prefix}encoders.{name}"
+        if not _NAME.fullmatch(name) or name == stage.name:
+            raise ValueError(f"{where}: an encoder's name must be letters, digits, '_' and '-', and not the stage's ({stage.name!r})")
+        _check_numbers(encoder, f"{where}.", _ENCODER)
+        if encoder.kind == "clip_image" and encoder.max_tokens != 1:
+            raise ValueError(f"{where}.max_tokens={encoder.max_tokens} must be 1 for kind clip_image: a picture is one token")
+
+
+def _check_training(training: TrainingConfig) -> None:
+    _check_numbers(training, "training.", _TRAINING)
+    if training.batch_size % training.accumulation:
+        raise ValueError(f"training.batch_size={training.batch_size} must be a multiple of training.accumulation={training.accumulation}")
+    if training.device not in (None, "cpu"):
+        raise ValueError(f"training.device={training.device!r}; allowed: cpu, or null for the accelerator that the process is given")
+    if training.preview.every_images and not training.preview.prompts:
+        raise ValueError(f"training.preview.every_images={training.preview.every_images} needs training.preview.prompts; 0 draws none")
+
+
+def check(config: RunConfig) -> None:
+    """All rules that OmegaConf's types do not hold. Each error names the key, what it received and what is allowed."""
+    check_stage(config.stage)
+    _check_training(config.training)
+    check_sampling(config.sampling)
+    preview = replace(config.sampling, steps=config.training.preview.steps, guidance=config.training.preview.guidance)
+    check_sampling(preview, "training.preview.")
+    if not config.data.train:
+        raise ValueError("data.train is empty; name at least one shard folder")
+    _check_numbers(config, "", {"must be finite and not negative": ("data.workers",)})
+    every = config.training.validation.every_images
+    if every and config.data.validation is None:
+        raise ValueError(f"training.validation.every_images={every} needs data.validation; set it to 0, or name a shard folder there")

@@ -1,0 +1,182 @@
+"""What a config may say: the fields, their types, their defaults and what they mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+MISSING: Any = "???"
+
+
+@dataclass(frozen=True)
+class ResolutionSpec:
+    """One resolution of the U-Net, from the image's own downwards; each next one has half the side.
+
+    channels: width of its residual blocks. blocks: residual blocks on the way down (the way up has one more).
+    self_attention, cross_attention: whether these blocks are followed by attention over pixels, and over the text. The blocks that
+    only change the resolution and the second of the two middle blocks (at the lowest resolution) have none.
+    """
+
+    channels: int = MISSING
+    blocks: int = MISSING
+    self_attention: bool = False
+    cross_attention: bool = False
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The U-Net. Dimensions in channels; `head_channels` is the width of one attention head.
+
+    patch_size: with p > 1 the first resolution has 1/p of the image's side, each of its pixels holding p x p of the image's. Most of the
+    cost of a U-Net lies in its first resolution, which becomes p^2 times cheaper.
+    """
+
+    resolutions: list[ResolutionSpec] = MISSING
+    patch_size: int = 1
+    embedding_channels: int = MISSING
+    context_channels: int = MISSING
+    head_channels: int = 64
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """ln sigma ~ N(mean, std^2) in training (EDM's P_mean, P_std); sigma_data is the standard deviation of the images in [-1, 1]."""
+
+    mean: float = -1.2
+    std: float = 1.2
+    sigma_data: float = 0.5
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """One frozen encoder.
+
+    kind: its name in the registry (`t5`, `clip_text`, `clip_image`). model: a local folder, a hub id, an open_clip architecture,
+    or `embedded:NAME` for one that ships with this package; `./NAME` in a model folder is that folder's own. pretrained: open_clip's tag
+    for an architecture's public weights.
+    width, pooled_width: of its tokens and its pooled vector (0: none), checked when it is loaded. drop: how often training drops it.
+    """
+
+    kind: str = MISSING
+    model: str = MISSING
+    pretrained: str | None = None
+    width: int = MISSING
+    pooled_width: int = 0
+    max_tokens: int = 77
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    drop: float = 0.0
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of the cascade: what is trained, at which resolution, under which noise, on which encoders."""
+
+    name: str = "base64"
+    size: int = 64
+    network: NetworkConfig = MISSING
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    encoders: dict[str, EncoderConfig] = MISSING
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Shard folders. `validation` is never trained on; `workers` decode images beside each training process."""
+
+    train: list[str] = MISSING
+    validation: str | None = None
+    workers: int = 2
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning rate, which is a function of the images seen: a linear warm-up, then constant or a decay to zero.
+
+    clip_norm: gradients of a larger norm are scaled down to it; 0 means no clipping.
+    """
+
+    learning_rate: float = 1e-4
+    warmup_images: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """Exponential moving average of the weights: half-life min(halflife_kimg, rampup * images seen), as in EDM; rampup 0: no ramp."""
+
+    halflife_kimg: float = 500.0
+    rampup: float = 0.05
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """Pictures of fixed prompts at fixed seeds (i for the i-th prompt), drawn with the EMA weights; every_images 0: never."""
+
+    prompts: list[str] = field(default_factory=list)
+    every_images: int = 0
+    steps: int = 25
+    guidance: float = 4.0
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Loss on held-out images at fixed noise, in `bins` equally probable ranges of sigma; every_images 0: never."""
+
+    every_images: int = 0
+    images: int = 1024
+    bins: int = 8
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A training run. Everything that counts, counts images seen; batch_size is over all processes and accumulation steps.
+
+    device: `cpu`, or None for the accelerator that the process is given. Seconds of wall time are bounded by `max_minutes` (0: not at
+    all): the run then checkpoints and stops, and the same command goes on.
+    """
+
+    images: int = MISSING
+    batch_size: int = MISSING
+    accumulation: int = 1
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    device: str | None = None
+    max_minutes: float = 0.0
+    checkpoint_every_images: int = MISSING
+    keep_checkpoints: int = 3
+    log_every_images: int = MISSING
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a finished model is sampled unless the caller says otherwise; stored in its model folder."""
+
+    sampler: str = "dpmpp_2m"
+    steps: int = 25
+    guidance: float = 4.0
+    guidance_interval: tuple[float, float] = (0.0, float("inf"))
+    threshold: float = 0.0
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What `t2i-experts train CONFIG` reads."""
+
+    output: str = MISSING
+    stage: StageConfig = MISSING
+    data: DataConfig = MISSING
+    training: TrainingConfig = MISSING
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
