@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -20,14 +20,30 @@ class Tokens:
 
     ids: (B, L) int64, padded to the encoder's own `max_tokens`, so that shapes never change.
     mask: (B, L) bool, True = real token (special tokens included, padding excluded).
+    blank: (B,) bool, True = no token of this prompt covers any character: it says nothing.
     spans: for each prompt, for each real token, the characters of the prompt that it covers; special tokens cover nothing.
     truncated: for each prompt, the character at which the encoder stopped reading, or None if it read all of it.
     """
 
     ids: Tensor
     mask: Tensor
+    blank: Tensor
     spans: tuple[tuple[Span, ...], ...]
     truncated: tuple[int | None, ...]
+
+    @staticmethod
+    def covering(ids: Tensor, mask: Tensor, spans: Sequence[tuple[Span, ...]], truncated: Sequence[int | None]) -> Tokens:
+        """Tokens with these spans, from which `blank` follows."""
+        blank = [all(start == end for start, end in row) for row in spans]
+        return Tokens(ids, mask, torch.tensor(blank, dtype=torch.bool), tuple(spans), tuple(truncated))
+
+    def rows(self, rows: Tensor) -> Tokens:
+        """The rows of these indices, (N,) int64, as far as an encoder needs them: without spans."""
+        return Tokens(self.ids[rows], self.mask[rows], self.blank[rows], (), ())
+
+    def bare(self) -> Tokens:
+        """What an encoder needs, without spans: between processes, these would cost more than the images."""
+        return replace(self, spans=(), truncated=())
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,7 +59,7 @@ class CLIPTokenizer:
             spans.append(((0, 0), *text_spans[:room], (end, end)))
             ids[row, : len(row_ids)] = torch.tensor(row_ids)
             mask[row, : len(row_ids)] = True
-        return Tokens(ids, mask, tuple(spans), tuple(truncated))
+        return Tokens.covering(ids, mask, spans, truncated)
 
     def _encode(self, prompt: str) -> tuple[list[int], list[Span]]:
         """All ids of a prompt, without start and end, and the characters of the prompt that each stands for."""

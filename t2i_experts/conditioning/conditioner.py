@@ -181,24 +181,10 @@ class TextConditioner:
                 null = drop if images is not None else torch.ones_like(drop)
                 embeddings[name] = _scattered(encoder, ~null, images)
             elif name in tokens:
-                embeddings[name] = _scattered(encoder, ~(drop | _blank(tokens[name])), tokens[name])
+                embeddings[name] = _scattered(encoder, ~(drop | tokens[name].blank), tokens[name])
             else:
                 raise ValueError(f"tokens of the text encoder {name!r} are missing; received {sorted(tokens)}")
         return Conditioning(embeddings)
-
-
-def _blank(tokens: Tokens) -> Tensor:
-    """(B,) bool: True where no token covers any character of the prompt."""
-    return torch.tensor([all(start == end for start, end in spans) for spans in tokens.spans], dtype=torch.bool)
-
-
-def _rows(inputs: Tokens | Tensor, rows: Tensor) -> Tokens | Tensor:
-    """The given rows of a batch of tokens or images."""
-    if isinstance(inputs, Tensor):
-        return inputs[to_device(rows, inputs.device)]
-    picked = rows.tolist()
-    spans, truncated = tuple(inputs.spans[i] for i in picked), tuple(inputs.truncated[i] for i in picked)
-    return Tokens(inputs.ids[rows], inputs.mask[rows], spans, truncated)
 
 
 def _null(encoder: Encoder, batch: int, length: int) -> Embedding:
@@ -214,7 +200,8 @@ def _scattered(encoder: Encoder, kept: Tensor, inputs: Tokens | Tensor | None) -
         return result
     if len(rows) == len(kept):
         return encoder.encode(inputs)
-    encoded = encoder.encode(_rows(inputs, rows))
+    chosen = inputs[to_device(rows, inputs.device)] if isinstance(inputs, Tensor) else inputs.rows(rows)
+    encoded = encoder.encode(chosen)
     rows = to_device(rows, result.mask.device)
     result.tokens[rows] = encoded.tokens
     result.mask[rows] = encoded.mask

@@ -60,7 +60,7 @@ class T5Tokenizer:
             spans.append((*row_spans, (end, end)))
             ids[row, : len(row_ids)] = torch.tensor(row_ids)
             mask[row, : len(row_ids)] = True
-        return Tokens(ids, mask, tuple(spans), tuple(truncated))
+        return Tokens.covering(ids, mask, spans, truncated)
 
     def _encode(self, prompt: str) -> tuple[list[int], list[Span]]:
         """All ids of a prompt, without `</s>`, and their spans."""

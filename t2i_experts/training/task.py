@@ -53,7 +53,7 @@ class Collate:
             keys=tuple(sample.key for sample in samples),
             images=torch.stack([sample.image for sample in samples]),
             uniform=self._draws(samples, "sigma"),
-            tokens=self.tokenizer([sample.caption for sample in samples]),
+            tokens={name: tokens.bare() for name, tokens in self.tokenizer([sample.caption for sample in samples]).items()},
             drops={name: self._draws(samples, f"drop {name}") < rate for name, rate in self.drop_rates.items()},
         )
 

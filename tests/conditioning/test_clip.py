@@ -99,7 +99,7 @@ def test_text_features_do_not_depend_on_padding_or_neighbours(text: CLIPTextEnco
     short = CLIPTextEncoder.load(replace(configs["clip_text"], max_tokens=20), None, "cpu")
     for row, prompt in enumerate(prompts):
         tokens = short.tokenizer.tokenize([prompt])
-        garbage = Tokens(tokens.ids + 3 * ~tokens.mask, tokens.mask, tokens.spans, tokens.truncated)
+        garbage = Tokens(tokens.ids + 3 * ~tokens.mask, tokens.mask, tokens.blank, tokens.spans, tokens.truncated)
         for alone in (short.encode(tokens), short.encode(garbage)):
             torch.testing.assert_close(together.tokens[row, :20], alone.tokens[0], atol=1e-5, rtol=1e-4)
             assert together.pooled is not None and alone.pooled is not None

@@ -123,7 +123,7 @@ def test_features_do_not_depend_on_padding_or_neighbours(encoder: T5Encoder, nas
         alone = encoder.encode(encoder.tokenizer.tokenize([prompt]))
         torch.testing.assert_close(together.tokens[row], alone.tokens[0], atol=1e-5, rtol=1e-4)
     tokens = encoder.tokenizer.tokenize(["a red apple"])
-    garbage = Tokens(tokens.ids + 7 * ~tokens.mask, tokens.mask, tokens.spans, tokens.truncated)
+    garbage = Tokens(tokens.ids + 7 * ~tokens.mask, tokens.mask, tokens.blank, tokens.spans, tokens.truncated)
     torch.testing.assert_close(encoder.encode(garbage).tokens, encoder.encode(tokens).tokens)
 
 
