@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -71,6 +72,7 @@ def generate(
     settings = pipeline.settings(**given)
     refuse_what_would_be_ignored(pipeline, settings, negative, style)
     warn_of_truncation(pipeline, [*dict.fromkeys([*texts, negative])])
+    make_folder(paths[0].parent)
     pictures: list[dict[str, Any]] = []
     with _progress_bar(-(-len(jobs) // batch_size) * settings.steps, disable=as_json) as bar:
         for start in range(0, len(jobs), batch_size):
@@ -122,7 +124,8 @@ def read_prompts(prompt: str | None, file: Path | None, negative: str = "") -> l
 
 
 def picture_paths(texts: list[str], out: Path, seed: int) -> list[Path]:
-    """Where each picture goes: `out` itself if it is a .png, else OUT/NUMBER-WORDS-SEED.png. Raises ValueError if they cannot go there."""
+    """Where each picture goes: `out` itself if it is a .png, else OUT/NUMBER-WORDS-SEED.png, under a new name
+    if that file exists. Raises ValueError if they cannot go there."""
     nearest = next((parent for parent in out.parents if parent.exists()), None)
     if nearest is not None and not nearest.is_dir():
         raise ValueError(f"--out={out}: {nearest} is a file, not a folder")
@@ -138,7 +141,21 @@ def picture_paths(texts: list[str], out: Path, seed: int) -> list[Path]:
         raise ValueError(f"--out={out} is a file; give a .png file or a folder")
     digits = len(str(len(texts) - 1))
     number = [f"{i:0{digits}d}-" if len(texts) > 1 else "" for i in range(len(texts))]
-    return [out / f"{number[i]}{slug(text)}-{seed}.png" for i, text in enumerate(texts)]
+    return [_unused(out / f"{number[i]}{slug(text)}-{seed}.png") for i, text in enumerate(texts)]
+
+
+def _unused(path: Path) -> Path:
+    """The path, or with -2, -3... before its ending if there are such files: a picture in a folder is never overwritten."""
+    names = (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(2))
+    return next(name for name in itertools.chain([path], names) if not name.exists())
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder that the pictures go to. Raises ValueError if that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: the folder {folder} cannot be made: {error.strerror}") from error
 
 
 def slug(text: str, length: int = 48) -> str:

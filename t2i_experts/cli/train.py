@@ -30,6 +30,11 @@ def train(
     main = trainer.accelerator.is_main_process
     if main and trainer.resumed_from:
         print(f"going on from {trainer.resumed_from}", file=sys.stderr)
+    if main:
+        seen, total, size = trainer.state.images_seen, resolved.training.images, trainer.sizes()
+        print(f"{size['parameters']:,} parameters on {trainer.device}, {size['samples']:,} samples, into {trainer.root}", file=sys.stderr)
+        if seen > total:
+            print(f"the run has already seen {seen:,} images, more than training.images={total:,}", file=sys.stderr)
     model = trainer.run()
     if main:
         seen, total = trainer.state.images_seen, resolved.training.images

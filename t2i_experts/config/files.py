@@ -75,6 +75,8 @@ def _override(text: str) -> DictConfig:
 def _explain(error: Exception) -> str:
     """What OmegaConf complains of, in one line that names the key and, for an unknown one, the keys that there are."""
     message = str(error).split("\n")[0]
+    if "is not a ListConfig" in message:
+        message = "needs a list, such as '[a, b]'"
     key = getattr(error, "full_key", None)
     kind = getattr(error, "object_type", None)
     if isinstance(error, ConfigKeyError) and isinstance(kind, type) and dataclasses.is_dataclass(kind):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
+import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -11,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from t2i_experts.shards.reader import Sample, ShardReader
 
 Batch = TypeVar("Batch")
+
+_PR_SET_PDEATHSIG = 1
 
 
 def position_batches(
@@ -75,6 +82,7 @@ def open_loader(
         prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
+        worker_init_fn=_Orphan(os.getpid()),
     )
     return _unpacked(iter(loader))
 
@@ -92,6 +100,19 @@ class _Batches(Dataset[Any], Generic[Batch]):
         except ValueError as error:
             return _Unreadable(str(error))
         return self._collate(samples)
+
+
+@dataclass(frozen=True)
+class _Orphan:
+    """Lets a worker die with the process that started it, even by SIGKILL: torch's own watchdog sleeps while a full queue blocks."""
+
+    parent: int
+
+    def __call__(self, worker: int) -> None:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != self.parent:  # it died before the line above
+            os._exit(1)
 
 
 class _Unreadable(str):

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,14 +130,18 @@ def lock_run(root: Path) -> IO[str]:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = (root / ".lock").open("w")
+        lock = (root / ".lock").open("a", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"output={str(root)!r} cannot be used: {error}") from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, this lock is not inherited by loader workers
     except OSError:
+        owner = (root / ".lock").read_text(encoding="utf-8").strip()
         lock.close()
-        raise ValueError(f"output={str(root)!r}: another process is training there") from None
+        raise ValueError(f"output={str(root)!r}: another process is training there ({owner or 'unknown'})") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
     return lock
 
 

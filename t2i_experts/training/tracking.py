@@ -31,7 +31,14 @@ class RunLog:
             temporary.replace(path)
         if progress:
             self._bar = tqdm(
-                total=total_images, initial=images_seen, unit="img", unit_scale=True, file=sys.stderr, dynamic_ncols=True, smoothing=0.1
+                total=total_images,
+                initial=images_seen,
+                unit="img",
+                unit_scale=True,
+                file=sys.stderr,
+                dynamic_ncols=True,
+                smoothing=0.1,
+                mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file wants a line now and then
             )
 
     def event(self, kind: str, images_seen: int, **values: Any) -> None:

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -92,7 +91,7 @@ class Trainer:
             (self.root / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
             if self.resumed_from is not None:
                 self._save_model()  # a kill may have come between the checkpoint and its model folder
-        self.log.event("start", self.state.images_seen, processes=self.world_size, device=str(self.device), **self._sizes())
+        self.log.event("start", self.state.images_seen, processes=self.world_size, device=str(self.device), **self.sizes())
         with contextlib.closing(self.log), contextlib.closing(self._batches()) as batches:
             window, waited, window_images = time.monotonic(), 0.0, 0
             out_of_time = False
@@ -114,7 +113,8 @@ class Trainer:
         late = torch.tensor(float(bool(limit) and time.monotonic() - started > 60 * limit), device=self.device)
         return bool(self.accelerator.reduce(late, "sum") > 0)
 
-    def _sizes(self) -> dict[str, Any]:
+    def sizes(self) -> dict[str, int]:
+        """Parameters of the network, and samples of the shards."""
         return {"parameters": sum(p.numel() for p in self.network.parameters()), "samples": self.reader.samples}
 
     def _batches(self) -> Generator[Batch, None, None]:

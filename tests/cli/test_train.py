@@ -37,6 +37,7 @@ def test_it_trains_goes_on_and_says_when_it_is_finished(
     code, out, err = train(*command, "training.images=32", "training.max_minutes=1e-9")
     assert (code, out) == (0, "")
     assert err.splitlines() == [
+        f"56,331 parameters on cpu, 40 samples, into {tmp_path / 'run'}",
         f"stopped at 16 of 32 images; the same command goes on; model: {model}",
         f't2i-experts generate "..." --model {model}',
     ]
@@ -45,7 +46,7 @@ def test_it_trains_goes_on_and_says_when_it_is_finished(
     code, _, err = train(*command, "training.images=32")
     assert code == 0
     assert err.splitlines()[0] == f"going on from {tmp_path / 'run' / 'checkpoints' / '000000000016'}"
-    assert err.splitlines()[1] == f"finished; model: {model}"
+    assert err.splitlines()[2] == f"finished; model: {model}"
     weights = (model / "base64" / "diffusion_pytorch_model.safetensors").read_bytes()
     assert weights != first
 
@@ -54,6 +55,9 @@ def test_it_trains_goes_on_and_says_when_it_is_finished(
     assert f"finished; model: {model}" in err
     assert (model / "base64" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
     assert load_config(tmp_path / "run" / "config.yaml").training.images == 32
+
+    code, _, err = train(*command, "training.images=16")
+    assert "the run has already seen 32 images, more than training.images=16" in err
 
     with pytest.raises(SystemExit) as exit:
         main(["generate", "a red cube", "--model", str(model), "--device", "cpu", "--out", str(tmp_path / "x.png")])

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -109,3 +113,44 @@ def test_a_broken_sample_is_one_plain_message(tmp_path: Path, reader: ShardReade
         tar.write_bytes(tar.read_bytes().replace(b"IDAT", b"IDAX"))
     with pytest.raises(ValueError, match=r"^\S+\.tar: sample '\d+': [^\n]*$"):
         list(open_loader(reader, collate, start=0, stop=4, batch_size=4, accumulation=1, rank=0, world_size=1, workers=workers))
+
+
+PARENT = """
+import os, signal, sys
+import torch
+from t2i_experts.shards.loader import open_loader
+from t2i_experts.shards.reader import ShardReader
+
+def collate(samples):
+    return torch.zeros(4, 1024, 1024), os.getpid()  # larger than any pipe's buffer: workers block on a full queue
+
+if __name__ == "__main__":
+    reader = ShardReader([sys.argv[1]], size=4, seed=0)
+    batches = open_loader(reader, collate, start=0, stop=None, batch_size=4, accumulation=1, rank=0, world_size=1, workers=2)
+    print(*sorted({next(batches)[1] for _ in range(6)}), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="parent-death signals are Linux's")
+def test_workers_die_with_a_process_that_is_killed(tmp_path: Path, make_shards: MakeShards) -> None:
+    """Else they would keep its memory, and whatever they inherited, for ever."""
+    (tmp_path / "parent.py").write_text(PARENT)
+    parent = subprocess.run(
+        [sys.executable, tmp_path / "parent.py", make_shards(tmp_path / "shards", 8)], stdout=subprocess.PIPE, timeout=60
+    )
+    assert parent.returncode == -signal.SIGKILL
+    workers = [int(pid) for pid in parent.stdout.split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 1.5
+    while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in workers)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False

@@ -173,12 +173,26 @@ def test_other_encoder_weights_are_refused(write_config: WriteConfig, tmp_path: 
         Trainer(load_config(write_config("run"), overrides), progress=False)
 
 
-def test_one_run_at_a_time_in_a_folder(write_config: WriteConfig) -> None:
+HOLDER = """
+import sys
+from pathlib import Path
+from t2i_experts.training.state import lock_run
+lock = lock_run(Path(sys.argv[1]))
+print("taken", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_run_at_a_time_in_a_folder(write_config: WriteConfig, tmp_path: Path) -> None:
     config = load_config(write_config("run"))
-    first = Trainer(config, progress=False)
-    with pytest.raises(ValueError, match="another process is training there"):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"taken\n"
+    with pytest.raises(ValueError, match=f"another process is training there .process {holder.pid}"):
         Trainer(config, progress=False)
-    del first
+    holder.kill()
+    holder.wait()
+    Trainer(config, progress=False)
 
 
 def test_an_output_that_is_a_file_is_refused(write_config: WriteConfig, tmp_path: Path) -> None:
