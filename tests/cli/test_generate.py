@@ -316,3 +316,15 @@ def test_a_style_for_a_model_that_reads_no_pictures(generate: Generate, model_fo
     assert (code, out) == (2, "")
     assert err == "error: --style=style.png: this model has no encoder of pictures; its encoders: t5\n"
     assert generate("a", "--model", "text", "--out", "x.png")[0] == 0
+
+
+def test_a_picture_in_a_folder_is_never_overwritten(generate: Generate, tmp_path: Path) -> None:
+    paths = [generate("a cube", "--out", "many", "--guidance", guidance)[1].strip() for guidance in (1, 2, 3)]
+    assert paths == ["many/a-cube-0.png", "many/a-cube-0-2.png", "many/a-cube-0-3.png"]
+    assert [facts(path)["sampling"]["guidance"] for path in paths] == [1, 2, 3]
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_mistake(generate: Generate) -> None:
+    code, out, err = generate("a cube", "--out", "/proc/nowhere")
+    assert (code, out) == (2, "")
+    assert "--out: the folder /proc/nowhere cannot be made" in err
