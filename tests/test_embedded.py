@@ -20,7 +20,7 @@ from t2i_experts.config import load_config
 needs_network = pytest.mark.skipif(not (embedded_model() / INDEX).is_file(), reason="the embedded network is not in this checkout yet")
 
 
-@pytest.mark.parametrize("name", ["tiny"])
+@pytest.mark.parametrize("name", ["tiny", "emoji"])
 def test_embedded_encoders_fit_the_configs_that_name_them(pytestconfig: pytest.Config, name: str) -> None:
     """Widths are checked on loading. Two captions that say the same are closer than two that do not, in both encoders."""
     stage = load_config(pytestconfig.rootpath / "configs" / name / "base64.yaml").stage
