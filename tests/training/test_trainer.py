@@ -79,13 +79,15 @@ def test_killed_in_mid_accumulation_and_resumed_by_the_same_command(write_config
         assert unbroken == broken
 
 
-def test_two_processes_equal_one_with_accumulation(write_config: WriteConfig, tmp_path: Path) -> None:
+def test_two_processes_that_stop_and_go_on_equal_one_with_accumulation(write_config: WriteConfig, tmp_path: Path) -> None:
     """Same global order, same noise: only the order of summation may differ."""
     train(load_config(write_config("one"), ["training.accumulation=2"]), progress=False)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577", "-m", "t2i_experts", "train"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    two = subprocess.run([*command, str(write_config("two")), "--quiet"], env=environment, capture_output=True, timeout=180)
-    assert two.returncode == 0, two.stderr.decode()
+    for images in (32, 64):
+        arguments = [str(write_config("two")), f"training.images={images}", "--quiet"]
+        two = subprocess.run([*command, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=180)
+        assert two.returncode == 0, two.stderr.decode()
+    assert b"going on from" in two.stderr
     first, second = (load_file(checkpoints(tmp_path / name)[-1] / "network.safetensors") for name in ("one", "two"))
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
