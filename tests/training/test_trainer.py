@@ -82,7 +82,7 @@ def test_killed_in_mid_accumulation_and_resumed_by_the_same_command(write_config
 def test_two_processes_that_stop_and_go_on_equal_one_with_accumulation(write_config: WriteConfig, tmp_path: Path) -> None:
     """Same global order, same noise: only the order of summation may differ."""
     train(load_config(write_config("one"), ["training.accumulation=2"]), progress=False)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577", "-m", "t2i_experts", "train"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "t2i_experts", "train"]
     for images in (32, 64):
         arguments = [str(write_config("two")), f"training.images={images}", "--quiet"]
         two = subprocess.run([*command, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=180)
