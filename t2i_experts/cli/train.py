@@ -35,7 +35,15 @@ def train(
         print(f"{size['parameters']:,} parameters on {trainer.device}, {size['samples']:,} samples, into {trainer.root}", file=sys.stderr)
         if seen > total:
             print(f"the run has already seen {seen:,} images, more than training.images={total:,}", file=sys.stderr)
-    model = trainer.run()
+    try:
+        model = trainer.run()
+    except KeyboardInterrupt:
+        if main:
+            print(
+                f"interrupted after {trainer.state.images_seen:,} images; the same command goes on from the last checkpoint",
+                file=sys.stderr,
+            )
+        raise
     if main:
         seen, total = trainer.state.images_seen, resolved.training.images
         state = "finished" if seen >= total else f"stopped at {seen} of {total} images; the same command goes on"

@@ -123,3 +123,13 @@ def test_a_config_that_is_not_there_or_not_yaml(train: Train, tmp_path: Path) ->
         assert err.startswith("error: ") and str(tmp_path / name) in err and said in err and "Traceback" not in err
     code, _, err = train()
     assert code == 2 and "CONFIG" in err
+
+
+def test_an_interrupted_run_says_how_to_go_on(train: Train, write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("t2i_experts.training.trainer.Trainer._report", interrupt)
+    code, _, err = train(write_config("run"), "--quiet")
+    assert code == 130
+    assert "interrupted after 16 images; the same command goes on from the last checkpoint" in err
