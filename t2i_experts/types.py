@@ -23,6 +23,7 @@ class Tokens:
     blank: (B,) bool, True = no token of this prompt covers any character: it says nothing.
     spans: for each prompt, for each real token, the characters of the prompt that it covers; special tokens cover nothing.
     truncated: for each prompt, the character at which the encoder stopped reading, or None if it read all of it.
+    `rows` and `bare` leave both of these out: ().
     """
 
     ids: Tensor

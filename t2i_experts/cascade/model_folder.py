@@ -169,7 +169,7 @@ def load_model(model: str | Path | None, *, device: torch.device | str = "cpu", 
         check_sampling(sampling, prefix=f"sampling.{name}.")
     stage = Stage(config, load_denoiser(weights, config, device=device, dtype=dtype), sampling)
     conditioner = TextConditioner.from_config(config.encoders, root=folder, device=device)
-    fingerprint = hashlib.sha256(_digest(weights)).hexdigest()[:16]
+    fingerprint = _digest(weights)[:16]
     return LoadedModel({name: stage}, conditioner, fingerprint, "embedded" if model is None else str(model))
 
 
@@ -200,7 +200,7 @@ def load_denoiser(path: Path, config: StageConfig, *, device: torch.device | str
     return denoiser.to(dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def _digest(path: Path) -> bytes:
+def _digest(path: Path) -> str:
     """sha256 over a safetensors file's tensors (names, types, shapes and bytes), whatever its metadata."""
     digest = hashlib.sha256()
     with safe_open(path, framework="pt") as file:
@@ -208,7 +208,7 @@ def _digest(path: Path) -> bytes:
             tensor = file.get_tensor(name)
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.digest()
+    return digest.hexdigest()
 
 
 def _write_json(path: Path, tree: Mapping[str, Any]) -> None:

@@ -20,6 +20,11 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
 
 
+def from_uint8(images: Tensor) -> Tensor:
+    """The inverse of `to_uint8`, on the same device: uint8 to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
 def to_pil(image: Tensor) -> Image.Image:
     """(3, H, W) uint8 to a PIL image."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy(), "RGB")
@@ -53,7 +58,7 @@ def read_image(path: Path) -> Tensor:
     flat = Image.new("RGBA", upright.size, "white")
     flat.alpha_composite(upright)
     pixels = torch.frombuffer(bytearray(flat.convert("RGB").tobytes()), dtype=torch.uint8)
-    return pixels.view(1, flat.height, flat.width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return from_uint8(pixels.view(1, flat.height, flat.width, 3).permute(0, 3, 1, 2))
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:

@@ -114,12 +114,6 @@ class TextConditioner:
         """The tokenisers of the text encoders, to be sent to loader workers."""
         return PromptTokenizer({name: e.tokenizer for name, e in self.encoders.items() if e.reads == "text"})
 
-    def to(self, device: torch.device | str) -> TextConditioner:
-        """Moves all weights to `device`, in place; returns itself."""
-        for encoder in self.encoders.values():
-            encoder.model.to(device)
-        return self
-
     def __call__(self, prompts: Sequence[str], images: Tensor | None = None) -> Conditioning:
         """Conditioning of B prompts and their B style images, (B, 3, H, W) float in [-1, 1]; without images, those encoders are null."""
         if images is not None and len(images) != len(prompts):

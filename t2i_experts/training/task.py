@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from t2i_experts.cascade.picture import from_uint8
 from t2i_experts.conditioning.conditioner import PromptTokenizer, TextConditioner
 from t2i_experts.conditioning.frozen import to_device
-from t2i_experts.config import EncoderConfig, StageConfig
+from t2i_experts.config import StageConfig
 from t2i_experts.diffusion.loss import EDMLoss
 from t2i_experts.diffusion.noise import LogNormalSigma, sigma_from_uniform
 from t2i_experts.shards.order import position_rng
@@ -76,15 +77,14 @@ class DiffusionTask:
         self.noise = LogNormalSigma(stage.noise.mean, stage.noise.std)
         self.loss = EDMLoss(stage.noise.sigma_data)
 
-    def collate(self, encoders: Mapping[str, EncoderConfig] | None = None) -> Collate:
-        """How the loader makes batches, with the drop rates of `encoders` (by default the stage's own)."""
-        encoders = self.stage.encoders if encoders is None else encoders
-        return Collate(self.conditioner.tokenizer, {name: encoder.drop for name, encoder in encoders.items()}, self.seed)
+    def collate(self) -> Collate:
+        """How the loader makes batches."""
+        rates = {name: encoder.drop for name, encoder in self.stage.encoders.items()}
+        return Collate(self.conditioner.tokenizer, rates, self.seed)
 
-    def images(self, batch: Batch) -> Tensor:
-        """(B, 3, H, W) float32 in [-1, 1] on the device, channels last."""
-        images = batch.images.to(self.device, non_blocking=True).float() / 127.5 - 1
-        return images.contiguous(memory_format=torch.channels_last)
+    def images(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 on the CPU to float32 in [-1, 1] on the device, channels last."""
+        return from_uint8(pixels.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
 
     def losses(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """The loss of each image, (B,) float32.
@@ -95,7 +95,7 @@ class DiffusionTask:
         seed = int(position_rng(self.seed, batch.positions[0], "noise").integers(2**63))
         torch.manual_seed(seed)  # for dropout
         generator = torch.Generator(self.device).manual_seed(seed)
-        images = self.images(batch)
+        images = self.images(batch.images)
         conditioning = self.conditioner.encode(batch.tokens, images, batch.drops)
         sigma = to_device(sigma_from_uniform(self.noise, batch.uniform).float(), self.device)
         eps = torch.randn(images.shape, generator=generator, device=self.device)

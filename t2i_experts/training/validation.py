@@ -81,8 +81,8 @@ def validate(
     for start in range(rank * batch_size, count, world_size * batch_size):
         rows = range(start, min(start + batch_size, count))
         samples = [reader.item(i) for i in rows]
-        captions = [reader.item((i + 17) % count).caption for i in rows] if shuffled else [sample.caption for sample in samples]
-        pixels = torch.stack([sample.image for sample in samples]).to(task.device).float() / 127.5 - 1
+        captions = [reader.raw((i + 17) % count).captions[0] for i in rows] if shuffled else [sample.caption for sample in samples]
+        pixels = task.images(torch.stack([sample.image for sample in samples]))
         drops = {name: torch.full((len(rows),), name in without) for name in task.stage.encoders}
         conditioning = task.conditioner.encode(task.conditioner.tokenizer(captions), pixels, drops)
         eps = torch.stack([_noise(i, pixels.shape[1:]) for i in rows]).to(task.device)
