@@ -76,6 +76,7 @@ class EmojiObject:
     codepoints: str
     names: tuple[Name, ...]
     recolourable: bool
+    common: bool = False
 
     @property
     def name(self) -> str:
@@ -107,18 +108,18 @@ def load_vocabulary(path: Path = VOCABULARY) -> tuple[EmojiObject, ...]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
             continue
-        match = re.fullmatch(r"([0-9a-f-]+)(!?) (.+)", line.strip())
+        match = re.fullmatch(r"([0-9a-f-]+)(\*?)(!?) (.+)", line.strip())
         if match is None:
-            raise ValueError(f"{path}:{number}: {line!r}; a line is CODEPOINTS[!] NAME[, NAME...]")
+            raise ValueError(f"{path}:{number}: {line!r}; a line is CODEPOINTS[*][!] NAME[, NAME...]")
         names = []
-        for part in match[3].split(", "):
+        for part in match[4].split(", "):
             text, _, mark = part.rstrip(")").partition(" (")
             plural = None if mark in ("-", "the") else mark or pluralise(text)
             names.append(Name(text, plural, {"-": "", "the": "the"}.get(mark, "a")))
             if text in seen:
                 raise ValueError(f"{path}:{number}: {text!r} names two objects; every name may occur once")
             seen.add(text)
-        objects.append(EmojiObject(match[1], tuple(names), not match[2]))
+        objects.append(EmojiObject(match[1], tuple(names), recolourable=not match[3], common=bool(match[2])))
     return tuple(objects)
 
 

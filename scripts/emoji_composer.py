@@ -27,13 +27,15 @@ _TRIES = 1000
 class Mix:
     """What scenes are made of, as weights and probabilities; meant for a small model, which learns one object before two.
 
-    recoloured: of single objects; recoloured_in_company: of each of several. styles: in the order of STYLES.
+    common: how many times as often as another object one is drawn that the vocabulary calls common. recoloured: of single objects;
+    recoloured_in_company: of each of several. styles: in the order of STYLES.
     """
 
     single: float = 0.50
     two: float = 0.30
     counted: float = 0.10
     three: float = 0.10
+    common: float = 6.0
     recoloured: float = 0.33
     recoloured_in_company: float = 0.30
     counted_with_another: float = 0.35
@@ -118,7 +120,7 @@ class Composer:
         mix = self.mix
         (style,) = rng.choices(STYLES, mix.styles)
         (kind,) = rng.choices(("single", "two", "counted", "three"), (mix.single, mix.two, mix.counted, mix.three))
-        objects = rng.sample(self._pools[style], min(3, len(self._pools[style])))
+        objects = self._pick(style, rng)
         if not objects:
             return None
         if kind == "single":
@@ -130,6 +132,17 @@ class Composer:
             return None
         things = [self._thing(obj, style, rng, mix.recoloured_in_company) for obj in objects[:wanted]]
         return self._scene(things, _two(rng) if kind == "two" else rng.choice(("row", "row", "apex up", "apex down")), style)
+
+    def _pick(self, style: str, rng: random.Random) -> list[EmojiObject]:
+        """Three different objects of a style, or all that there are."""
+        pool = self._pools[style]
+        weights = [self.mix.common if obj.common else 1.0 for obj in pool]
+        picked: list[EmojiObject] = []
+        while len(picked) < min(3, len(pool)):
+            (obj,) = rng.choices(pool, weights)
+            if obj not in picked:
+                picked.append(obj)
+        return picked
 
     def _counted(self, objects: Sequence[EmojiObject], style: str, rng: random.Random) -> Description | None:
         countable = [obj for obj in objects if any(name.plural for name in obj.names)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -96,6 +97,16 @@ def art(emoji: Any, folder: Path) -> Any:
 def train(emoji: Any, art: Any) -> list[Any]:
     composer = emoji.composer.Composer(art, size=64)
     return [composer.compose(index) for index in range(400)]
+
+
+def test_common_objects_are_drawn_as_many_times_as_often_as_the_mix_says(emoji: Any, art: Any) -> None:
+    objects = tuple(dataclasses.replace(obj, common=obj.name == "owl") for obj in art.objects)
+    mix = emoji.composer.Mix(single=1.0, two=0.0, counted=0.0, three=0.0, common=9.0)
+    nothing = emoji.composer.HeldOut(frozenset(), frozenset(), frozenset())
+    composer = emoji.composer.Composer(emoji.art.Art(objects, art.sources), mix=mix, held_out=nothing)
+    names = [composer.compose(index).description.things[0].object.name for index in range(200)]
+    assert 0.4 < names.count("owl") / len(names) < 0.6  # 9 of 18; without the weight it would be one of ten
+    assert set(names) == {obj.name for obj in objects}
 
 
 def decoded(mask: dict[str, list[int]]) -> np.ndarray:
