@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated
 
@@ -15,7 +16,7 @@ def train(
 ) -> None:
     """Train one stage, or go on where it stopped: run the same command again.
 
-    On several GPUs or hosts: accelerate launch -m t2i_experts train CONFIG.
+    On several GPUs or hosts: accelerate launch -m t2i_experts train CONFIG. SIGTERM and Ctrl-C end the step, write a checkpoint and stop.
     """
     from t2i_experts.config import load_config
 
@@ -39,13 +40,15 @@ def train(
         model = trainer.run()
     except KeyboardInterrupt:
         if main:
-            print(
-                f"interrupted after {trainer.state.images_seen:,} images; the same command goes on from the last checkpoint",
-                file=sys.stderr,
-            )
+            seen = trainer.state.images_seen
+            print(f"interrupted after {seen:,} images; the same command goes on from the last checkpoint", file=sys.stderr)
         raise
+    stopped = trainer.stopped_by
     if main:
         seen, total = trainer.state.images_seen, resolved.training.images
-        state = "finished" if seen >= total else f"stopped at {seen} of {total} images; the same command goes on"
+        why = f" by {stopped.name}" if stopped else ""
+        state = "finished" if seen >= total else f"stopped{why} at {seen} of {total} images; the same command goes on"
         print(f"{state}; model: {model}", file=sys.stderr)
         print(f't2i-experts generate "..." --model {model}', file=sys.stderr)
+    if stopped is signal.SIGINT:
+        raise typer.Exit(130)

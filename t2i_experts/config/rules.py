@@ -66,6 +66,8 @@ _TRAINING = {
     ),
     "must be finite and not negative": (
         "max_minutes",
+        "divergence_factor",
+        "rollbacks",
         "optimizer.learning_rate",
         "optimizer.warmup_images",
         "optimizer.eps",
@@ -136,6 +138,8 @@ def _check_training(training: TrainingConfig) -> None:
         raise ValueError(f"training.batch_size={training.batch_size} must be a multiple of training.accumulation={training.accumulation}")
     if training.device not in (None, "cpu"):
         raise ValueError(f"training.device={training.device!r}; allowed: cpu, or null for the accelerator that the process is given")
+    if 0 < training.divergence_factor <= 1:
+        raise ValueError(f"training.divergence_factor={training.divergence_factor} must be above 1; 0 means no watch over the loss")
     if training.preview.every_images and not training.preview.prompts:
         raise ValueError(f"training.preview.every_images={training.preview.every_images} needs training.preview.prompts; 0 draws none")
 

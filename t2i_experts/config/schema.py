@@ -138,6 +138,9 @@ class TrainingConfig:
 
     device: `cpu`, or None for the accelerator that the process is given. Seconds of wall time are bounded by `max_minutes` (0: not at
     all): the run then checkpoints and stops, and the same command goes on.
+    keep_checkpoints: the newest ones, beside the best in validation. divergence_factor: two reports in a row whose loss is so many times
+    the lowest so far are a divergence (0: only what is not finite is one). rollbacks: how often a run that diverges goes back
+    to its newest checkpoint, and on with half the learning rate, before it gives up.
     """
 
     images: int = MISSING
@@ -150,6 +153,8 @@ class TrainingConfig:
     max_minutes: float = 0.0
     checkpoint_every_images: int = MISSING
     keep_checkpoints: int = 3
+    divergence_factor: float = 4.0
+    rollbacks: int = 0
     log_every_images: int = MISSING
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)

@@ -83,6 +83,7 @@ def open_loader(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
         worker_init_fn=_Orphan(os.getpid()),
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # Python 3.14 has another default
     )
     return _unpacked(iter(loader))
 
@@ -104,11 +105,16 @@ class _Batches(Dataset[Any], Generic[Batch]):
 
 @dataclass(frozen=True)
 class _Orphan:
-    """Lets a worker die with the process that started it, even by SIGKILL: torch's own watchdog sleeps while a full queue blocks."""
+    """Lets a worker die with the process that started it, even by SIGKILL: torch's own watchdog sleeps while a full queue blocks.
+
+    Until then it works: a terminal's Ctrl-C and a scheduler's SIGTERM reach the workers too, and are the starting process's to answer.
+    """
 
     parent: int
 
     def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != self.parent:  # it died before the line above

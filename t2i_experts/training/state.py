@@ -35,7 +35,7 @@ class TrainState:
     """A run between two optimiser steps.
 
     images_seen: of the global order, by all processes. dataset_hash: of the shards that the order runs over. encoders: fingerprints of the
-    frozen encoders' weights, by name. config: resolved, as plain values.
+    frozen encoders' weights, by name. config: resolved, as plain values. rollbacks: how often the run diverged and went back.
     """
 
     network: nn.Module
@@ -45,9 +45,18 @@ class TrainState:
     dataset_hash: str
     encoders: Mapping[str, str]
     config: Mapping[str, Any]
+    rollbacks: int = 0
 
-    def save(self, root: Path, keep: int) -> Path:
-        """Writes RUN/checkpoints/IMAGES_SEEN and removes all but the newest `keep`. Returns the checkpoint's folder."""
+    @property
+    def rate_scale(self) -> float:
+        """By what the learning rate is multiplied: halved at every roll-back."""
+        return 0.5**self.rollbacks
+
+    def save(self, root: Path, keep: int, validation_loss: float | None = None) -> Path:
+        """Writes RUN/checkpoints/IMAGES_SEEN and removes all but the newest `keep` and the best in validation. Returns the folder.
+
+        validation_loss: of these EMA weights, None if it was not measured.
+        """
         folder = root / "checkpoints" / f"{self.images_seen:012d}"
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -57,6 +66,8 @@ class TrainState:
         _save_tensors(temporary / "optimizer.safetensors", optimizer_tensors(self.network, self.optimizer))
         facts = {
             "images_seen": self.images_seen,
+            "validation_loss": validation_loss,
+            "rollbacks": self.rollbacks,
             "dataset_hash": self.dataset_hash,
             "encoders": dict(self.encoders),
             "config": self.config,
@@ -69,8 +80,10 @@ class TrainState:
             _remove(folder)
         temporary.rename(folder)
         flush(folder.parent)
+        best = best_checkpoint(root)
         for old in checkpoints(root)[:-keep]:
-            _remove(old)
+            if old != best:
+                _remove(old)
         return folder
 
     def restore(self, folder: Path) -> None:
@@ -100,6 +113,7 @@ class TrainState:
             raise ValueError(f"{folder} does not fit this network: {error}") from error
         restore_optimizer(self.network, self.optimizer, optimizer)
         self.images_seen = facts["images_seen"]
+        self.rollbacks = facts.get("rollbacks", 0)
 
 
 def _remove(folder: Path) -> None:
@@ -113,6 +127,12 @@ def _remove(folder: Path) -> None:
 def checkpoints(root: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     return sorted(path for path in (root / "checkpoints").glob("[0-9]*") if path.is_dir())
+
+
+def best_checkpoint(root: Path) -> Path | None:
+    """The checkpoint with the lowest validation loss, the older of two equal ones; None if no checkpoint was validated."""
+    losses = [(read_facts(folder).get("validation_loss"), folder) for folder in checkpoints(root)]
+    return min(((loss, folder) for loss, folder in losses if loss is not None), default=(None, None))[1]
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -154,6 +174,8 @@ MAY_CHANGE = (
     "training.compile",
     "training.device",
     "training.max_minutes",
+    "training.rollbacks",
+    "training.divergence_factor",
     "training.checkpoint_every_images",
     "training.keep_checkpoints",
     "training.log_every_images",

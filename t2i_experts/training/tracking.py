@@ -24,11 +24,7 @@ class RunLog:
         self._bar: tqdm[Any] | None = None
         if not writes:
             return
-        if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _images_seen(line) <= images_seen]
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            temporary.replace(path)
+        self.rewind(images_seen)
         if progress:
             self._bar = tqdm(
                 total=total_images,
@@ -48,6 +44,19 @@ class RunLog:
         record = {"event": kind, "images_seen": images_seen, "time": round(time.time(), 3), **values}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
+
+    def rewind(self, images_seen: int) -> None:
+        """Takes back the lines of later steps, which will be repeated, and the progress bar with them."""
+        if not self.writes:
+            return
+        if self.path.exists():
+            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _images_seen(line) <= images_seen]
+            temporary = self.path.with_name(f".{self.path.name}.tmp")
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            temporary.replace(self.path)
+        if self._bar is not None:
+            self._bar.n = images_seen
+            self._bar.refresh()
 
     def advance(self, images: int, loss: float | None = None) -> None:
         """Moves the progress bar by `images`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -23,18 +24,16 @@ from t2i_experts.config import RunConfig, to_plain, to_yaml
 from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.shards.loader import open_loader
 from t2i_experts.shards.reader import ShardReader
+from t2i_experts.training.divergence import LossWatch, TrainingDiverged
 from t2i_experts.training.ema import EMA
 from t2i_experts.training.optim import build_optimizer, learning_rate
 from t2i_experts.training.preview import draw_preview
 from t2i_experts.training.processes import agreed_checkpoint, open_processes
-from t2i_experts.training.state import TrainState, lock_run, refuse_changed_config
+from t2i_experts.training.state import TrainState, best_checkpoint, lock_run, refuse_changed_config
+from t2i_experts.training.stopping import StopRequest
 from t2i_experts.training.task import Batch, DiffusionTask
 from t2i_experts.training.tracking import RunLog
 from t2i_experts.training.validation import ValidationLoss, validate
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or the gradient is not finite any more."""
 
 
 class Trainer:
@@ -83,35 +82,61 @@ class Trainer:
             progress=progress,
         )
         self._recent: list[tuple[list[str], Tensor, Tensor]] = []  # keys, losses and gradient norm of each step since the last look
+        self._watch = LossWatch(training.divergence_factor)
+        self.stopped_by: signal.Signals | None = None
 
     def run(self) -> Path:
-        """Trains to the end (or for `max_minutes`) and returns the model folder. Raises TrainingDiverged if the loss is not finite."""
-        training, started = self.config.training, time.monotonic()
+        """Trains to the end and returns the model folder, or less far: for `max_minutes`, or until SIGTERM or SIGINT (see `stopped_by`).
+
+        Raises TrainingDiverged if the loss diverges and no roll-back is left.
+        """
+        training = self.config.training
         if self.accelerator.is_main_process:
             (self.root / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
             if self.resumed_from is not None:
-                self._save_model()  # a kill may have come between the checkpoint and its model folder
+                self._save_models(self.resumed_from)  # a kill may have come between the checkpoint and its model folder
         self.log.event("start", self.state.images_seen, processes=self.world_size, device=str(self.device), **self.sizes())
-        with contextlib.closing(self.log), contextlib.closing(self._batches()) as batches:
-            window, waited, window_images = time.monotonic(), 0.0, 0
-            out_of_time = False
-            while self.state.images_seen < training.images and not out_of_time:
-                before = self.state.images_seen
-                waited += self._step(batches)
-                window_images += training.batch_size
-                self.log.advance(training.batch_size)
-                if self._due(before, training.log_every_images):
-                    self._report(window, waited, window_images)
-                    out_of_time = self._out_of_time(started)
-                    window, waited, window_images = time.monotonic(), 0.0, 0
-                window += self._tend(before, last=out_of_time)
+        with contextlib.closing(self.log), StopRequest(training.max_minutes) as stop:
+            finished = False
+            while not finished:
+                try:
+                    self._train(stop)
+                    finished = True
+                except TrainingDiverged as error:
+                    self._roll_back(error)
+            self.stopped_by = stop.signal
         return self.root / "model"
 
-    def _out_of_time(self, started: float) -> bool:
-        """Whether `max_minutes` have passed on the clock of any process; all give the same answer."""
-        limit = self.config.training.max_minutes
-        late = torch.tensor(float(bool(limit) and time.monotonic() - started > 60 * limit), device=self.device)
-        return bool(self.accelerator.reduce(late, "sum") > 0)
+    def _train(self, stop: StopRequest) -> None:
+        """Steps from where the run stands to its end, or until it is told to stop."""
+        training = self.config.training
+        with contextlib.closing(self._batches()) as batches:
+            window, waited, window_images = time.monotonic(), 0.0, 0
+            stopping = False
+            while self.state.images_seen < training.images and not stopping:
+                before = self.state.images_seen
+                stop.ask()
+                waited += self._step(batches)
+                stopping = stop.agreed()
+                window_images += training.batch_size
+                self.log.advance(training.batch_size)
+                if self._due(before, training.log_every_images) or stopping:
+                    self._report(window, waited, window_images)
+                    window, waited, window_images = time.monotonic(), 0.0, 0
+                window += self._tend(before, last=stopping)
+
+    def _roll_back(self, error: TrainingDiverged) -> None:
+        """Goes back to the newest checkpoint, and on with half the learning rate; raises `error` if that is not to be done (again)."""
+        newest, rollbacks = agreed_checkpoint(self.root), self.state.rollbacks + 1
+        if newest is None or rollbacks > self.config.training.rollbacks:
+            raise error
+        diverged_at = self.state.images_seen
+        self.state.restore(newest)
+        self.state.rollbacks = rollbacks
+        self._recent.clear()
+        self._watch = LossWatch(self.config.training.divergence_factor)
+        self.log.rewind(self.state.images_seen)
+        self.log.event("rollback", self.state.images_seen, diverged_at=diverged_at, reason=str(error), rate_scale=self.state.rate_scale)
 
     def sizes(self) -> dict[str, int]:
         """Parameters of the network, and samples of the shards."""
@@ -135,7 +160,7 @@ class Trainer:
     def _step(self, batches: Iterator[Batch]) -> float:
         """One optimiser step. Returns the seconds that were spent waiting for data."""
         training, waited = self.config.training, 0.0
-        rate = learning_rate(training.optimizer, self.state.images_seen, training.images)
+        rate = self.state.rate_scale * learning_rate(training.optimizer, self.state.images_seen, training.images)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         keys: list[str] = []
@@ -174,9 +199,12 @@ class Trainer:
         if not any(due):
             return 0.0
         self._refuse_divergence()
-        for wanted, action in zip(due, (self._validate, self._preview, self._checkpoint), strict=True):
-            if wanted:
-                action()
+        validate, preview, checkpoint = due
+        loss = self._validate() if validate else None
+        if preview:
+            self._preview()
+        if checkpoint and not self._watch.suspicious:
+            self._checkpoint(loss)
         return time.monotonic() - started
 
     def _refuse_divergence(self) -> None:
@@ -197,7 +225,8 @@ class Trainer:
         raise TrainingDiverged(
             f"loss or gradient is not finite before {self.state.images_seen} images, first in the batch with {some}. The same command "
             f"would come to the same: lower training.optimizer.learning_rate or take these samples out. "
-            f"The last good checkpoint is {agreed_checkpoint(self.root) or 'none'}."
+            f"The last good checkpoint is {agreed_checkpoint(self.root) or 'none'}. With training.rollbacks=N a run goes back to it "
+            "by itself, N times at most, and on with half the learning rate."
         )
 
     def _report(self, window: float, waited: float, images: int) -> None:
@@ -217,8 +246,10 @@ class Trainer:
             images_per_second=round(images / seconds, 2),
             data_wait=round(waited / seconds, 4),
         )
+        self._watch.see(loss)
 
-    def _validate(self) -> None:
+    def _validate(self) -> float:
+        """The loss on the validation shards, the same on all processes."""
         settings, training = self.config.training.validation, self.config.training
         assert self.validation is not None
         result = validate(
@@ -232,7 +263,9 @@ class Trainer:
             world_size=self.world_size,
         )
         losses = self.accelerator.reduce(result.losses.float().to(self.device), "sum").cpu().double()
-        self.log.event("validation", self.state.images_seen, **ValidationLoss(losses, result.edges).summary())
+        everyone = ValidationLoss(losses, result.edges)
+        self.log.event("validation", self.state.images_seen, **everyone.summary())
+        return everyone.mean
 
     def _preview(self) -> None:
         if self.accelerator.is_main_process:
@@ -242,16 +275,21 @@ class Trainer:
                 draw_preview(stage, self.task.conditioner, self.config.training.preview, self.device, path)
         self.accelerator.wait_for_everyone()
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, validation_loss: float | None) -> None:
         """Saves the state and, beside the checkpoints, the EMA weights as a model folder that generates."""
         if self.accelerator.is_main_process:
-            self.state.save(self.root, self.config.training.keep_checkpoints)
-            self._save_model()
+            self._save_models(self.state.save(self.root, self.config.training.keep_checkpoints, validation_loss))
         self.accelerator.wait_for_everyone()
 
-    def _save_model(self) -> None:
+    def _save_models(self, checkpoint: Path) -> None:
+        """The EMA weights of this checkpoint, in which the run stands, as RUN/model, and as RUN/best if none was better in validation."""
+        self._save_model("model")
+        if checkpoint == best_checkpoint(self.root):
+            self._save_model("best")
+
+    def _save_model(self, name: str) -> None:
         save_model(
-            self.root / "model",
+            self.root / name,
             self.config.stage,
             self.config.sampling,
             self.ema.network.state_dict(),

@@ -38,7 +38,7 @@ def test_it_trains_goes_on_and_says_when_it_is_finished(
     assert (code, out) == (0, "")
     assert err.splitlines() == [
         f"56,331 parameters on cpu, 40 samples, into {tmp_path / 'run'}",
-        f"stopped at 16 of 32 images; the same command goes on; model: {model}",
+        f"stopped at 8 of 32 images; the same command goes on; model: {model}",
         f't2i-experts generate "..." --model {model}',
     ]
     first = (model / "base64" / "diffusion_pytorch_model.safetensors").read_bytes()
