@@ -45,7 +45,7 @@ def test_it_trains_goes_on_and_says_when_it_is_finished(
 
     code, _, err = train(*command, "training.images=32")
     assert code == 0
-    assert err.splitlines()[0] == f"going on from {tmp_path / 'run' / 'checkpoints' / '000000000016'}"
+    assert err.splitlines()[0] == f"going on from {tmp_path / 'run' / 'checkpoints' / '000000000008'}"
     assert err.splitlines()[2] == f"finished; model: {model}"
     weights = (model / "base64" / "diffusion_pytorch_model.safetensors").read_bytes()
     assert weights != first
