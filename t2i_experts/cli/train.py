@@ -10,7 +10,7 @@ import typer
 
 
 def train(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/README.md.")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a shipped config's name: see config list.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that replace the file's.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:

@@ -1,87 +1,127 @@
 """Config files: YAML read strictly into the dataclasses of `schema`, and written back.
 
-A file may say `extends: OTHER.yaml` (relative to itself) and then hold only what differs; lists are replaced, not merged. `key=value`
-overrides come last. An unknown key, a wrong type and a missing value are errors that name the key.
+A file may say `extends: OTHER.yaml` (relative to itself, or the name of a shipped config) and then hold only what differs; lists are
+replaced, not merged. `key=value` overrides come last. An unknown key, a wrong type and a missing value are errors that name the key.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
+from t2i_experts.config.keys import check_keys
+from t2i_experts.config.origins import Setting, trace
 from t2i_experts.config.rules import check
 from t2i_experts.config.schema import RunConfig
+from t2i_experts.config.shipped import find_config, shown
 
 
-def _read(path: Path, chain: tuple[Path, ...] = ()) -> DictConfig:
-    """The file merged over the one that it extends."""
-    path = path.resolve()
-    if path in chain:
-        raise ValueError(f"extends goes in a circle: {' -> '.join(str(p) for p in (*chain, path))}")
-    if not path.is_file():
-        raise ValueError(f"config file not found: {path}" + (f" (extended by {chain[-1]})" if chain else ""))
+@dataclass(frozen=True)
+class Layer:
+    """Part of a config: what one file or one override says. origin: its name in messages. path: the file, None for an override."""
+
+    origin: str
+    tree: DictConfig
+    path: Path | None = None
+
+
+def read_files(config: str | Path, beside: Path | None = None, chain: tuple[Path, ...] = ()) -> list[Layer]:
+    """A config file, or a shipped one by its name, and before it those that it extends, the most general one first.
+
+    Raises ValueError for a file that is not there or not YAML, and for files that extend each other in a circle.
+    """
     try:
-        config = OmegaConf.load(path)
+        path = find_config(config, beside)
+    except ValueError as error:
+        raise ValueError(f"{error} (extended by {chain[-1]})" if chain else str(error)) from None
+    here = path.resolve()
+    if here in chain:
+        raise ValueError(f"extends goes in a circle: {' -> '.join(str(p) for p in (*chain, here))}")
+    try:
+        tree = OmegaConf.load(path)
     except Exception as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, DictConfig):
+    if not isinstance(tree, DictConfig):
         raise ValueError(f"{path} must hold keys and values at its top level")
-    if "extends" in config:
-        parent = config.pop("extends")
-        config = cast(DictConfig, OmegaConf.merge(_read(path.parent / str(parent), (*chain, path)), config))
-    return config
+    parents = read_files(str(tree.pop("extends")), path.parent, (*chain, here)) if "extends" in tree else []
+    return [*parents, Layer(shown(path), tree, path)]
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a config file and its `key=value` overrides.
+def load_config(config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a config file, or a shipped one by its name, and its `key=value` overrides.
 
     Raises ValueError naming the key, for an unknown key, a wrong type, a missing value or an impossible combination.
     """
-    return build_config(_read(Path(path)), overrides, source=str(path))
+    return _build([*read_files(config), *map(_override, overrides)])
+
+
+def trace_config(config: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[str, Setting]]:
+    """As `load_config`, and every value by dotted key with where it comes from."""
+    layers = [*read_files(config), *map(_override, overrides)]
+    resolved = _build(layers)
+    return resolved, trace(to_plain(resolved), [(layer.origin, OmegaConf.to_container(layer.tree)) for layer in layers])
 
 
 def build_config(tree: DictConfig | dict[str, Any], overrides: Sequence[str] = (), *, source: str = "config") -> RunConfig:
     """The frozen dataclasses for a tree of plain values; see `load_config`."""
+    return _build([Layer(source, OmegaConf.create(tree)), *map(_override, overrides)])
+
+
+def _build(layers: Sequence[Layer]) -> RunConfig:
+    """The layers merged, each over those before it."""
     merged = OmegaConf.structured(RunConfig)
-    for origin, part in [(source, tree), *((f"override {text!r}", _override(text)) for text in overrides)]:
+    for layer in layers:
         try:
-            merged = OmegaConf.merge(merged, part)
-        except (OmegaConfBaseException, TypeError) as error:
-            raise ValueError(f"{origin}: {_explain(error)}") from error
+            check_keys(RunConfig, OmegaConf.to_container(layer.tree), also=["extends"] if layer.path else [])
+            merged = OmegaConf.merge(merged, layer.tree)
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            raise ValueError(f"{layer.origin}: {_explain(error)}") from error
     try:
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, TypeError) as error:
-        raise ValueError(f"{source}: {_explain(error)}") from error
+        files = [layer.origin for layer in layers if layer.path] or [layers[0].origin]
+        raise ValueError(f"{files[-1]}: {_explain(error)}{_others(merged, error)}") from error
     assert isinstance(config, RunConfig)
     check(config)
     return config
 
 
-def _override(text: str) -> DictConfig:
-    """The tree of one `key=value`, whose value is YAML. Raises ValueError if it is not of that form."""
+def _override(text: str) -> Layer:
+    """What is said by one `key=value`, whose value is YAML. Raises ValueError if it is not of that form."""
     if not text.partition("=")[1]:
         raise ValueError(f"override {text!r} is not of the form key=value")
     try:
-        return OmegaConf.from_dotlist([text])
+        return Layer(f"override {text!r}", OmegaConf.from_dotlist([text]))
     except Exception as error:
         raise ValueError(f"override {text!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _explain(error: Exception) -> str:
-    """What OmegaConf complains of, in one line that names the key and, for an unknown one, the keys that there are."""
+    """What OmegaConf complains of, in one line that names the key."""
     message = str(error).split("\n")[0]
     if "is not a ListConfig" in message:
         message = "needs a list, such as '[a, b]'"
     key = getattr(error, "full_key", None)
-    kind = getattr(error, "object_type", None)
-    if isinstance(error, ConfigKeyError) and isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        message += f"; allowed: {', '.join(field.name for field in dataclasses.fields(kind))}"
     return f"{key}: {message}" if key and key not in message else message
+
+
+def _others(merged: Any, error: Exception) -> str:
+    """For a value that a named entry lacks, such as an encoder's kind: the other entries, one of which may have been meant."""
+    entry = str(getattr(error, "full_key", None) or "").rpartition(".")[0]
+    holder, _, name = entry.rpartition(".")
+    entries = OmegaConf.select(merged, holder) if holder else None
+    if not isinstance(entries, DictConfig) or OmegaConf.get_type(entries) is not dict or len(entries) < 2:
+        return ""
+    others = [str(other) for other in entries if other != name]
+    near = difflib.get_close_matches(name, others, n=1)
+    return f"; did you mean {holder}.{near[0]}?" if near else f"; beside {name!r}, {holder} has {', '.join(others)}"
 
 
 def to_plain(config: Any) -> Any:
@@ -105,15 +145,22 @@ def to_yaml(config: RunConfig) -> str:
 def from_plain(kind: type, tree: Any) -> Any:
     """The inverse of `to_plain` for one of this module's dataclasses. Raises ValueError for unknown keys or wrong types."""
     try:
+        check_keys(kind, tree)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), tree))
-    except (OmegaConfBaseException, TypeError) as error:
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise ValueError(f"{kind.__name__}: {_explain(error)}") from error
 
 
-def differences(old: Any, new: Any, prefix: str = "") -> Iterable[str]:
-    """One line `key: old -> new` for each value in which two plain trees differ."""
+def changes(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, old, new) for each value in which two plain trees differ; None stands for one that is not there."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(set(old) | set(new)):
-            yield from differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+            yield from changes(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
     elif old != new:
-        yield f"{prefix}: {old!r} -> {new!r}"
+        yield prefix, old, new
+
+
+def differences(old: Any, new: Any) -> Iterator[str]:
+    """One line `key: old -> new` for each value in which two plain trees differ."""
+    for key, before, after in changes(old, new):
+        yield f"{key}: {before!r} -> {after!r}"

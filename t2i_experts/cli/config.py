@@ -1,0 +1,170 @@
+"""`t2i-experts config`: what a config says in full and where it says so, whether it is right, and the configs that ship."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from t2i_experts.config import RunConfig, Setting
+
+app = typer.Typer(
+    name="config",
+    help="Configs: see all values and where they come from, check, compare, list and copy them.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+_LINE = 60  # columns of a value before its origin; longer lists have a line for each element
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a shipped config's name.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that replace the file's.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+@app.command()
+def show(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Show every value, and whether it is a default or which file or override gave it. What is printed is a config, too."""
+    from t2i_experts.config import to_plain, trace_config
+
+    resolved, settings = trace_config(config, overrides or [])
+    if as_json:
+        tree = {key: {"value": setting.value, "origin": setting.origin} for key, setting in settings.items()}
+        typer.echo(json.dumps(tree, ensure_ascii=False))
+        return
+    lines = list(_lines(to_plain(resolved), settings))
+    width = max(len(text) for text, _ in lines if len(text) <= _LINE)
+    for text, origin in lines:
+        typer.echo(f"{text:{width}}  # {origin}" if origin else text)
+
+
+@app.command()
+def check(config: Config, overrides: Overrides = None) -> None:
+    """Say OK, or what is wrong with a config (exit code 2). Shards and weights are not looked for."""
+    from t2i_experts.config import load_config
+    from t2i_experts.registry import registry
+
+    resolved = load_config(config, overrides or [])
+    kinds = {f"stage.encoders.{name}.kind": ("encoder", encoder.kind) for name, encoder in resolved.stage.encoders.items()}
+    for key, (kind, name) in {"sampling.sampler": ("sampler", resolved.sampling.sampler), **kinds}.items():
+        if name not in registry.names(kind):
+            try:
+                registry.get(kind, name)  # which says what is allowed
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
+    typer.echo(f"{config}: OK")
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A YAML file, a shipped config's name, or a run's or a checkpoint's folder.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    as_json: Json = False,
+) -> None:
+    """Show the values in which two configs differ, defaults included: one line `key: a -> b` each."""
+    from t2i_experts.config import changes, differences, to_plain
+
+    old, new = to_plain(_read(a)), to_plain(_read(b))
+    if as_json:
+        typer.echo(json.dumps({key: {"a": before, "b": after} for key, before, after in changes(old, new)}, ensure_ascii=False))
+        return
+    for line in list(differences(old, new)) or ["no differences"]:
+        typer.echo(line)
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> None:
+    """List the shipped configs: their names stand for them wherever a config is asked for."""
+    from t2i_experts.config import shipped_configs
+
+    summaries = {name: _summary(path) for name, path in shipped_configs().items()}
+    if as_json:
+        typer.echo(json.dumps(summaries, ensure_ascii=False))
+        return
+    width = max(map(len, summaries), default=0)
+    for name, summary in summaries.items():
+        typer.echo(f"{name:{width}}  {summary}")
+
+
+@app.command()
+def copy(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped config: see config list.")],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="A folder, below which it keeps its name, or a .yaml file.")] = Path(),
+) -> None:
+    """Copy a shipped config, with those that it extends, to change it. Nothing is overwritten."""
+    from t2i_experts.config import read_files, shipped_configs
+
+    shipped = shipped_configs()
+    if name.removesuffix(".yaml") not in shipped:
+        raise ValueError(f"NAME={name!r} is no shipped config; allowed: {', '.join(shipped)}")
+    files = [layer.path for layer in reversed(read_files(shipped[name.removesuffix(".yaml")])) if layer.path]
+    targets = list(_destinations(files, dest))
+    for i, target in enumerate(targets):
+        if os.path.lexists(target) or target in targets[:i]:
+            raise ValueError(f"{target} is there already, or twice, and is not overwritten; name another DEST")
+    for path, target in zip(files, targets, strict=True):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        except OSError as error:
+            raise ValueError(f"DEST={str(dest)!r} cannot be written: {error}") from error
+        typer.echo(target)
+
+
+def _destinations(files: list[Path], dest: Path) -> Iterator[Path]:
+    """Where the first file and those that it extends are copied to, so that each still finds the next."""
+    from t2i_experts.config import shipped_folder
+
+    is_file = dest.suffix in (".yaml", ".yml")
+    root = files[0].parent if is_file else shipped_folder()
+    for path in files:
+        relative = Path(os.path.relpath(path, root))
+        if relative.parts[0] == "..":
+            raise ValueError(f"DEST={str(dest)!r} must be a folder, because the config extends {relative}")
+        if not is_file:
+            yield dest / relative
+        else:
+            yield dest if path == files[0] else dest.parent / relative
+
+
+def _read(config: str) -> RunConfig:
+    """The config in a file, of a shipped name, or of the run or the checkpoint in a folder."""
+    from t2i_experts.config import RunConfig, from_plain, load_config
+
+    folder = Path(config)
+    if (folder / "state.json").is_file():
+        from t2i_experts.training.state import read_facts
+
+        resolved: RunConfig = from_plain(RunConfig, read_facts(folder)["config"])
+        return resolved
+    return load_config(folder / "config.yaml" if (folder / "config.yaml").is_file() else config)
+
+
+def _summary(path: Path) -> str:
+    """The first line of comment in a config file."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next((line.lstrip("# ") for line in lines if line.startswith("#")), "")
+
+
+def _lines(tree: Mapping[str, Any], settings: Mapping[str, Setting], at: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
+    """Each line of a resolved config as YAML, with its value's origin; strings, lists and what is in them are written as JSON."""
+    indent = "  " * depth
+    for name, value in tree.items():
+        key = f"{at}.{name}" if at else name
+        text = f"{indent}{name}: {json.dumps(value, ensure_ascii=False)}"
+        if isinstance(value, Mapping):
+            yield f"{indent}{name}:", ""
+            yield from _lines(value, settings, key, depth + 1)
+        elif isinstance(value, list) and len(text) > _LINE:
+            yield f"{indent}{name}:", settings[key].origin
+            yield from ((f"{indent}- {json.dumps(element, ensure_ascii=False)}", "") for element in value)
+        else:
+            yield text, settings[key].origin
