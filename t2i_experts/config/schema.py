@@ -137,7 +137,8 @@ class TrainingConfig:
     """A training run. Everything that counts, counts images seen; batch_size is over all processes and accumulation steps.
 
     device: `cpu`, or None for the accelerator that the process is given. Seconds of wall time are bounded by `max_minutes` (0: not at
-    all): the run then checkpoints and stops, and the same command goes on.
+    all): the run then checkpoints and stops, and the same command goes on. trackers: `tensorboard` writes to OUTPUT/tensorboard, `wandb`
+    to Weights & Biases (project `t2i-experts`; its own WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE=offline hold); each must be installed.
     """
 
     images: int = MISSING
@@ -151,6 +152,7 @@ class TrainingConfig:
     checkpoint_every_images: int = MISSING
     keep_checkpoints: int = 3
     log_every_images: int = MISSING
+    trackers: list[str] = field(default_factory=list)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
