@@ -19,6 +19,7 @@ FLOORS = {
     "types": 0,
     "config": 0,
     "registry": 0,
+    "charts": 0,
     "nn": 1,
     "diffusion": 2,
     "conditioning": 2,
@@ -36,7 +37,7 @@ FLOORS = {
 EVERYWHERE = {"numpy", "torch", "tqdm"}
 
 DOORS = {
-    "PIL": ("shards", "paint", "cascade.picture", "cli"),
+    "PIL": ("charts", "shards", "paint", "cascade.picture", "cli"),
     "accelerate": ("training", "evaluation"),
     "diffusers": ("cascade.interop",),
     "ftfy": ("conditioning.spans",),
@@ -48,6 +49,7 @@ DOORS = {
     "sentencepiece": ("conditioning.t5",),
     "transformers": ("conditioning.t5", "cascade.interop"),
     "typer": ("cli",),
+    "wandb": ("training.trackers",),
     "webdataset": ("shards",),
 }
 

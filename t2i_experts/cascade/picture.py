@@ -69,3 +69,15 @@ def contact_sheet(images: Sequence[Image.Image], columns: int, gap: int = 2) -> 
     for i, image in enumerate(images):
         sheet.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
     return sheet
+
+
+def split_sheet(path: Path, count: int, columns: int, gap: int = 2) -> list[Image.Image]:
+    """The inverse of `contact_sheet` for a file of `count` pictures. Raises ValueError if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            sheet = image.convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the picture {path}: {error}") from error
+    width, height = (sheet.width + gap) // columns, (sheet.height + gap) // -(-count // columns)
+    corners = [(i % columns * width, i // columns * height) for i in range(count)]
+    return [sheet.crop((x, y, x + width - gap, y + height - gap)) for x, y in corners]

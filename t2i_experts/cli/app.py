@@ -38,6 +38,7 @@ class LazyCommand:
 COMMANDS: Mapping[str, LazyCommand] = {
     "generate": LazyCommand("t2i_experts.cli.generate:generate", "Draw pictures from a prompt."),
     "train": LazyCommand("t2i_experts.cli.train:train", "Train one node or stage; running the same command again resumes."),
+    "report": LazyCommand("t2i_experts.cli.report:report", "Write a page with charts about a training run."),
     "config": LazyCommand("t2i_experts.cli.config:app", "Show, check, compare, list and copy configs."),
     "shards": LazyCommand("t2i_experts.cli.shards:app", "Build, check and show training data."),
 }

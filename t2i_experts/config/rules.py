@@ -132,8 +132,13 @@ def check_stage(stage: StageConfig, prefix: str = "stage.") -> None:
             raise ValueError(f"{where}.max_tokens={encoder.max_tokens} must be 1 for kind clip_image: a picture is one token")
 
 
+TRACKERS = ("tensorboard", "wandb")
+
+
 def _check_training(training: TrainingConfig) -> None:
     _check_numbers(training, "training.", _TRAINING)
+    if not set(training.trackers) <= set(TRACKERS) or len(set(training.trackers)) < len(training.trackers):
+        raise ValueError(f"training.trackers={training.trackers} may hold {' and '.join(TRACKERS)}, each once; [] means none")
     if training.batch_size % training.accumulation:
         raise ValueError(f"training.batch_size={training.batch_size} must be a multiple of training.accumulation={training.accumulation}")
     if training.device not in (None, "cpu"):

@@ -141,6 +141,8 @@ class TrainingConfig:
     keep_checkpoints: the newest ones, beside the best in validation. divergence_factor: two reports in a row whose loss is so many times
     the lowest so far are a divergence (0: only what is not finite is one). rollbacks: how often a run that diverges goes back
     to its newest checkpoint, and on with half the learning rate, before it gives up.
+    trackers: `tensorboard` writes to OUTPUT/tensorboard, `wandb` to Weights & Biases (project `t2i-experts`; its own WANDB_PROJECT,
+    WANDB_ENTITY and WANDB_MODE=offline hold); each must be installed.
     """
 
     images: int = MISSING
@@ -156,6 +158,7 @@ class TrainingConfig:
     divergence_factor: float = 4.0
     rollbacks: int = 0
     log_every_images: int = MISSING
+    trackers: list[str] = field(default_factory=list)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)

@@ -180,6 +180,7 @@ MAY_CHANGE = (
     "training.keep_checkpoints",
     "training.log_every_images",
     "training.preview",
+    "training.trackers",
     "training.validation",
 )
 """Config values, or groups of them, that may differ when a run goes on. Hashes guard the content of the shards and encoders."""

@@ -1,4 +1,12 @@
-"""What a run tells: a line of JSON for each event in RUN/log.jsonl, and a progress bar with images per second and the end time."""
+"""What a run tells: a line of JSON for each event in RUN/log.jsonl, a progress bar with images per second and the end time, and, out of
+these, the page of `report` and what `trackers` pass on.
+
+    start       processes, device, device_name, versions, parameters, samples
+    train       loss, grad_norm, learning_rate, images_per_second, data_wait (share of the time of steps), peak_memory_gib
+    validation  loss, standard_error, images, bins (sigma_lo, sigma_hi, loss, standard_error)
+    diverged    keys
+    rollback    diverged_at (images), reason, rate_scale
+"""
 
 from __future__ import annotations
 
@@ -9,7 +17,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
+
+from t2i_experts import __version__
+from t2i_experts.training.preview import read_preview
+from t2i_experts.training.report import write_report
+from t2i_experts.training.trackers import Trackers
+
+LASTING = ("start", "diverged", "rollback")
+"""Events that stay in the log of a run that goes on from before them: what happened, happened."""
 
 
 class RunLog:
@@ -18,9 +35,12 @@ class RunLog:
     A run that goes on from `images_seen` first takes back the lines of steps that it will repeat.
     """
 
-    def __init__(self, path: Path, *, images_seen: int, total_images: int, writes: bool, progress: bool) -> None:
+    def __init__(
+        self, path: Path, *, images_seen: int, total_images: int, writes: bool, progress: bool, trackers: Trackers | None = None
+    ) -> None:
         self.path = path
         self.writes = writes
+        self._trackers = trackers or Trackers([])
         self._bar: tqdm[Any] | None = None
         if not writes:
             return
@@ -44,13 +64,28 @@ class RunLog:
         record = {"event": kind, "images_seen": images_seen, "time": round(time.time(), 3), **values}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
+        self._trackers.event(kind, images_seen, values)
+
+    def preview(self, images_seen: int, path: Path) -> None:
+        """Passes the pictures of a preview on to the trackers."""
+        if self.writes and self._trackers:
+            self._trackers.pictures(images_seen, read_preview(path))
+
+    def report(self) -> None:
+        """Writes RUN/report.md anew. Whatever is wrong with it is said and does not end the run."""
+        if not self.writes:
+            return
+        try:
+            write_report(self.path.parent)
+        except Exception as error:
+            tqdm.write(f"warning: {self.path.with_name('report.md')} was not written: {error}", file=sys.stderr)
 
     def rewind(self, images_seen: int) -> None:
         """Takes back the lines of later steps, which will be repeated, and the progress bar with them."""
         if not self.writes:
             return
         if self.path.exists():
-            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _images_seen(line) <= images_seen]
+            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _stays(line, images_seen)]
             temporary = self.path.with_name(f".{self.path.name}.tmp")
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             temporary.replace(self.path)
@@ -66,17 +101,35 @@ class RunLog:
             self._bar.update(images)
 
     def close(self) -> None:
-        """Ends the progress bar."""
+        """Ends the progress bar, writes the report and ends the trackers."""
         if self._bar is not None:
             self._bar.close()
+        self.report()
+        self._trackers.close()
 
 
-def _images_seen(line: str) -> float:
-    """Of a log line; infinity for a line that a kill cut short."""
+def machine(device: torch.device) -> dict[str, Any]:
+    """On what and with what a run works."""
+    name = {"device_name": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return {"device": str(device), **name, "versions": {"t2i_experts": __version__, "torch": torch.__version__}}
+
+
+def peak_memory_gib(device: torch.device) -> float | None:
+    """The most that this process's tensors have occupied since the last call; None on devices that do not count it."""
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    torch.cuda.reset_peak_memory_stats(device)
+    return round(peak, 3)
+
+
+def _stays(line: str, images_seen: int) -> bool:
+    """Whether a run that goes on from `images_seen` keeps a log line; one that a kill cut short goes."""
     try:
-        return float(json.loads(line)["images_seen"])
+        event = json.loads(line)
+        return event["images_seen"] <= images_seen or event["event"] in LASTING
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return False
 
 
 def _finite(value: Any) -> Any:

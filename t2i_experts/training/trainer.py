@@ -32,7 +32,8 @@ from t2i_experts.training.processes import agreed_checkpoint, open_processes
 from t2i_experts.training.state import TrainState, best_checkpoint, lock_run, refuse_changed_config
 from t2i_experts.training.stopping import StopRequest
 from t2i_experts.training.task import Batch, DiffusionTask
-from t2i_experts.training.tracking import RunLog
+from t2i_experts.training.trackers import open_trackers, refuse_missing_trackers
+from t2i_experts.training.tracking import RunLog, machine, peak_memory_gib
 from t2i_experts.training.validation import ValidationLoss, validate
 
 
@@ -46,6 +47,7 @@ class Trainer:
         output folder in which another run is at work.
         """
         training = config.training
+        refuse_missing_trackers(training.trackers)
         self.config = config
         self.root = Path(config.output)
         self.accelerator = open_processes(training)
@@ -80,6 +82,7 @@ class Trainer:
             total_images=training.images,
             writes=self.accelerator.is_main_process,
             progress=progress,
+            trackers=open_trackers(config, self.state.images_seen) if self.accelerator.is_main_process else None,
         )
         self._recent: list[tuple[list[str], Tensor, Tensor]] = []  # keys, losses and gradient norm of each step since the last look
         self._watch = LossWatch(training.divergence_factor)
@@ -95,7 +98,7 @@ class Trainer:
             (self.root / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
             if self.resumed_from is not None:
                 self._save_models(self.resumed_from)  # a kill may have come between the checkpoint and its model folder
-        self.log.event("start", self.state.images_seen, processes=self.world_size, device=str(self.device), **self.sizes())
+        self.log.event("start", self.state.images_seen, processes=self.world_size, **machine(self.device), **self.sizes())
         with contextlib.closing(self.log), StopRequest(training.max_minutes) as stop:
             finished = False
             while not finished:
@@ -245,6 +248,7 @@ class Trainer:
             learning_rate=self.optimizer.param_groups[0]["lr"],
             images_per_second=round(images / seconds, 2),
             data_wait=round(waited / seconds, 4),
+            peak_memory_gib=peak_memory_gib(self.device),
         )
         self._watch.see(loss)
 
@@ -273,12 +277,14 @@ class Trainer:
             path = self.root / "previews" / f"{self.state.images_seen:012d}.png"
             with self.task.autocast():
                 draw_preview(stage, self.task.conditioner, self.config.training.preview, self.device, path)
+            self.log.preview(self.state.images_seen, path)
         self.accelerator.wait_for_everyone()
 
     def _checkpoint(self, validation_loss: float | None) -> None:
         """Saves the state and, beside the checkpoints, the EMA weights as a model folder that generates."""
         if self.accelerator.is_main_process:
             self._save_models(self.state.save(self.root, self.config.training.keep_checkpoints, validation_loss))
+            self.log.report()
         self.accelerator.wait_for_everyone()
 
     def _save_models(self, checkpoint: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from t2i_experts.cascade.picture import contact_sheet, read_image, read_metadata, save_png, to_pil, to_uint8
+from t2i_experts.cascade.picture import contact_sheet, read_image, read_metadata, save_png, split_sheet, to_pil, to_uint8
 
 
 def test_rounding() -> None:
@@ -44,3 +44,9 @@ def test_contact_sheet_has_a_cell_for_each() -> None:
     sheet = contact_sheet(cells, columns=3, gap=1)
     assert sheet.size == (14, 9)
     assert [sheet.getpixel((i % 3 * 5, i // 3 * 5)) for i in range(5)] == [(i, 0, 0) for i in range(5)]
+
+
+def test_a_sheet_is_split_into_the_pictures_that_it_was_made_of(tmp_path: Path) -> None:
+    cells = [to_pil(torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)) for _ in range(5)]
+    save_png(contact_sheet(cells, columns=3), tmp_path / "sheet.png")
+    assert [cell.tobytes() for cell in split_sheet(tmp_path / "sheet.png", 5, 3)] == [cell.tobytes() for cell in cells]

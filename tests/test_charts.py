@@ -1,0 +1,113 @@
+"""Charts: ticks are round, lines lie where their numbers say, and pictures where their labels say."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from t2i_experts.charts import Chart, Marks, Series, compact, draw_chart, draw_grid, linear_ticks, log_ticks, palette
+
+RED, PINK, BLUE = "#ff0000", "#ff00ff", "#0000ff"
+
+
+def where(picture: Image.Image, colour: str, tolerance: float = 130) -> np.ndarray:
+    """(N, 2) rows and columns of the pixels near that colour; a thin line is paler than its colour, as smoothing mixes it with white."""
+    wanted = [int(colour[k : k + 2], 16) for k in (1, 3, 5)]
+    return np.argwhere(np.linalg.norm(np.asarray(picture, dtype=float) - wanted, axis=2) <= tolerance)
+
+
+def rows_of(chart: Chart) -> list[float]:
+    """The height, in pixels from above, of each series' line, without its entry in the legend."""
+    picture = draw_chart(chart)
+    found = [where(picture, line.colour) for line in chart.series]
+    return [float(pixels[pixels[:, 0] > 72, 0].mean()) for pixels in found]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 1_728_000), (0.003, 0.0041), (-7, 23), (0, 640), (0.8, 1.4)])
+def test_linear_ticks_are_round_and_even(low: float, high: float) -> None:
+    ticks = linear_ticks(low, high, 6)
+    assert 3 <= len(ticks) <= 8
+    assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
+    steps = np.diff(ticks)
+    assert np.allclose(steps, steps[0])
+    assert float(f"{steps[0]:e}".split("e")[0]) in (1, 2, 5)
+    assert all(math.isclose(tick / steps[0], round(tick / steps[0]), abs_tol=1e-6) for tick in ticks)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.09, 1.2), (1e-6, 1e3), (0.8, 1.4), (3, 31), (0.04, 0.3)])
+def test_log_ticks_lie_inside_and_are_few(low: float, high: float) -> None:
+    ticks = log_ticks(low, high, 6)
+    assert 2 <= len(ticks) <= 8
+    assert ticks == sorted(ticks)
+    assert low <= ticks[0] and ticks[-1] <= high
+
+
+@pytest.mark.parametrize(
+    ("value", "label"), [(0, "0"), (1_500_000, "1.5M"), (25_600, "25.6k"), (0.0005, "0.0005"), (2e-5, "2e-5"), (0.3, "0.3"), (-2000, "-2k")]
+)
+def test_labels_are_short(value: float, label: str) -> None:
+    assert compact(value) == label
+
+
+def test_a_logarithmic_axis_makes_equal_factors_equal_distances() -> None:
+    lines = [Series(colour, [(0, y), (100, y)], colour) for colour, y in ((RED, 1.0), (PINK, 10.0), (BLUE, 100.0))]
+    red, pink, blue = rows_of(Chart("t", "x", "y", lines, log=True))
+    assert blue < pink < red
+    assert red - pink == pytest.approx(pink - blue, abs=1)
+
+
+def test_a_linear_axis_begins_at_zero() -> None:
+    lines = [Series(colour, [(0, y), (100, y)], colour) for colour, y in ((RED, 5.0), (PINK, 10.0), (BLUE, 15.0))]
+    red, pink, blue = rows_of(Chart("t", "x", "y", lines))
+    assert red - pink == pytest.approx(pink - blue, abs=1)
+    assert red + (red - pink) == pytest.approx(420 - 50, abs=2)
+
+
+def test_x_grows_to_the_right_and_marks_stand_at_their_place() -> None:
+    line = Series("line", [(0, 5.0), (200, 5.0)], BLUE)
+    picture = draw_chart(Chart("t", "x", "y", [line], [Marks("resumed", [50, 400], RED)]))
+    blue, red = (where(picture, colour) for colour in (BLUE, RED))
+    blue, red = blue[blue[:, 0] > 72, 1], red[red[:, 0] > 72, 1]
+    first, last = np.sort(red)[0], np.sort(red)[-1]
+    assert last > blue.max()  # a mark beyond the last point is inside the chart
+    quarter = blue.min() + (blue.max() - blue.min()) / 4
+    assert first == pytest.approx(quarter, abs=2)
+
+
+def test_what_cannot_be_drawn_is_left_out() -> None:
+    good = [(0, 1.0), (1, 2.0)]
+    bad = [(2, math.inf), (3, math.nan), (4, 0.0), (5, -1.0)]
+    lines = [Chart("t", "x", "y", [Series("a", points, BLUE)], log=True) for points in (good, good + bad)]
+    assert draw_chart(lines[0]).tobytes() == draw_chart(lines[1]).tobytes()
+    with pytest.raises(ValueError, match="no point"):
+        draw_chart(Chart("t", "x", "y", [Series("a", bad, BLUE)], log=True))
+
+
+@pytest.mark.parametrize("y", [0.0, 5.0, -5.0])
+@pytest.mark.parametrize("log", [False, True])
+def test_a_single_point_is_a_dot(y: float, log: bool) -> None:
+    if y > 0 or not log:
+        assert len(where(draw_chart(Chart("t", "x", "y", [Series("a", [(0, y)], BLUE)], log=log)), BLUE)) > 10
+
+
+def test_colours_differ() -> None:
+    for count in (1, 2, 8, 20):
+        assert len(set(palette(count))) == count
+
+
+def test_a_grid_holds_each_picture_in_its_row_and_column() -> None:
+    colours = [[(10 * row + column, 0, 200) for column in range(3)] for row in range(2)]
+    rows = [[Image.new("RGB", (7, 7), colour) for colour in line] for line in colours]
+    grid = draw_grid(rows, ["a long caption of many words, " * 9, "Donaudampfschifffahrtsgesellschaft" * 2], ["1k", "2k", "3k"], cell=40)
+    centres = {
+        colour: where(grid, f"#{colour[0]:02x}{colour[1]:02x}{colour[2]:02x}", 0).mean(axis=0).round().tolist()
+        for line in colours
+        for colour in line
+    }
+    ys = [[centres[colour][0] for colour in line] for line in colours]
+    xs = [[centres[colour][1] for colour in line] for line in colours]
+    assert ys[0] == [ys[0][0]] * 3 and ys[1][0] - ys[0][0] == 44
+    assert xs[0] == xs[1] and np.diff(xs[0]).tolist() == [44, 44]
