@@ -102,13 +102,14 @@ def test_shards_are_built_from_their_source(t2i: Installed, tmp_path: Path) -> N
 def test_a_model_with_their_backbone_is_trained_and_drawn_with_their_sampler(
     t2i: Installed, write_config: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """In loader workers too, and from the model folder alone: it names the backbone and its options."""
+    """By two processes with loader workers, and from the model folder alone: it names the backbone and its options."""
     config = write_config("run")
     text = config.read_text()
     network = re.compile(r"  network: .*?(?=  encoders:)", re.S)
     config.write_text(network.sub("  network: {backbone: mixer, options: {channels: 6}}\n", text))
     few = ("training.images=16", "training.preview.every_images=16", "training.preview.prompts=[a]", "training.validation.every_images=16")
-    t2i("train", config, *few, "data.workers=1", "sampling.sampler=at_once", "--quiet")
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "t2i_experts")
+    t2i("train", config, *few, "data.workers=1", "sampling.sampler=at_once", "--quiet", python=two)
     model = tmp_path / "run" / "model"
     stage = json.loads((model / "base64" / "config.json").read_text())
     assert stage["_class_name"] == "mixer"
