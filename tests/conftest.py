@@ -1,4 +1,4 @@
-"""For all tests: one thread a process, no network, `gpu` tests only where there is CUDA; on disk, a tiny world of random weights.
+"""For all tests: one thread a process, no network, no plugins, `gpu` tests only where there is CUDA; a tiny world of random weights.
 
 `t5_folder` and `clip_folder` hold encoders, `model_folder` a model that generates, and `write_config` configs of runs that take seconds.
 """
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the processes that tests start inherit it
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["T2I_PLUGINS"] = "0"  # what else is installed here is not under test
 
 LOCAL = ("127.", "::1", "localhost", "0.0.0.0")
 

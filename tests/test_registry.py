@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 
-from t2i_experts.registry import BUILT_IN, Registry
+from t2i_experts.registry import BUILT_IN, LazyCommand, Registry
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, named in BUILT_IN.items() for name in named])
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, named in BUILT_IN.items() if kind != "command" for name in named])
 def test_every_built_in_part_exists_and_is_what_its_target_says(kind: str, name: str) -> None:
     part = Registry().get(kind, name)
     assert callable(part)
@@ -50,7 +51,7 @@ def test_an_unknown_name_names_the_nearest_and_all_there_are() -> None:
 def test_an_unknown_kind_is_refused_by_every_door() -> None:
     registry = Registry()
     for door in (lambda: registry.add("smapler", "x", dict), lambda: registry.get("smapler", "x"), lambda: registry.names("smapler")):
-        with pytest.raises(ValueError, match=r"kind of part 'smapler'; allowed: encoder, sampler, source"):
+        with pytest.raises(ValueError, match=r"kind of part 'smapler'; allowed: backbone, command, encoder, sampler, source"):
             door()
 
 
@@ -62,3 +63,35 @@ def test_a_taken_name_cannot_be_replaced() -> None:
         with pytest.raises(ValueError, match=f"sampler '{name}' exists already"):
             registry.add("sampler", name, list)
         assert registry.get("sampler", name) is before
+
+
+def test_the_commands_are_the_command_lines_own_table() -> None:
+    from t2i_experts.cli.app import COMMANDS, load
+
+    assert Registry().names("command") == sorted(COMMANDS)
+    for name in COMMANDS:
+        assert load(name, Registry().get("command", name)).name == name
+    with pytest.raises(ValueError, match="command 'generate' exists already"):
+        Registry().add("command", "generate", LazyCommand("a:b", ""))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "part", "said"),
+    [
+        ("sampler", "", dict, "the name '' of a sampler must be letters"),
+        ("sampler", "--x", dict, "the name '--x' of a sampler"),
+        ("sampler", "a b", dict, "the name 'a b' of a sampler"),
+        ("sampler", 3, dict, "the name 3 of a sampler"),
+        ("sampler", "x", "module.attribute", "'module.attribute'; a string must be of the form module:attribute"),
+        ("sampler", "x", 3, "sampler 'x' is 3; it must be a function, a class or"),
+        ("sampler", "x", LazyCommand("a:b", ""), "it must be a function, a class or"),
+        ("command", "x", print, "it must be a LazyCommand or 'module:attribute', imported when it is run"),
+        ("command", "x", LazyCommand("a", ""), "'a'; a string must be of the form module:attribute"),
+    ],
+)
+def test_what_cannot_be_a_name_or_a_part_is_refused(kind: str, name: str, part: Any, said: str) -> None:
+    registry = Registry()
+    with pytest.raises(ValueError) as caught:
+        registry.add(kind, name, part)
+    assert said in str(caught.value)
+    assert registry.names(kind) == Registry().names(kind)

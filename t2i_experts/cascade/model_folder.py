@@ -33,6 +33,7 @@ from t2i_experts.diffusion.precond import EDMPrecond
 
 INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+_CLASSES = {"unet": "UNet"}  # a backbone of a plugin goes by its name in the registry
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,10 @@ def save_model(
     encoders = conditioner.save(temporary, earlier=folder)
     tensors = {name: (t.to(dtype) if dtype and t.is_floating_point() else t).detach().cpu().contiguous() for name, t in weights.items()}
     save_file(tensors, stage_folder / WEIGHTS, metadata={"format": "pt"})  # one entry: several are written in any order
-    _write_json(stage_folder / "config.json", {"_class_name": "UNet", **to_plain(replace(stage, encoders=encoders))})
+    _write_json(
+        stage_folder / "config.json",
+        {"_class_name": _CLASSES.get(stage.network.backbone, stage.network.backbone), **to_plain(replace(stage, encoders=encoders))},
+    )
     _write_json(
         temporary / INDEX,
         {
@@ -186,7 +190,7 @@ def load_denoiser(path: Path, config: StageConfig, *, device: torch.device | str
     """The stage's network with the weights of a safetensors file, for sampling. Raises ValueError if they do not fit the config."""
     if not path.is_file():
         raise ValueError(f"weights not found: {path}")
-    with torch.device("meta"):
+    with torch.device("meta"), _naming(path.with_name("config.json")):
         denoiser = build_network(config)
     denoiser = denoiser.to_empty(device=device)
     try:

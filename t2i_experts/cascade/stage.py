@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2i_experts.config import SamplingConfig, StageConfig
 from t2i_experts.diffusion.guidance import ClassifierFreeGuidance
-from t2i_experts.diffusion.precond import EDMPrecond
+from t2i_experts.diffusion.precond import EDMPrecond, Network
 from t2i_experts.diffusion.samplers import karras_sigmas
 from t2i_experts.diffusion.thresholding import DynamicThresholding
 from t2i_experts.nn.unet import UNet
@@ -23,20 +24,35 @@ Progress = Callable[[int, int, Tensor], None]
 
 
 def build_network(config: StageConfig) -> EDMPrecond:
-    """The stage's network, preconditioned, with fresh weights on torch's default device, in channels-last memory."""
+    """The stage's network, preconditioned, with fresh weights on torch's default device, in channels-last memory.
+
+    Its backbone is the registry's: a function of the stage and the numbers of channels that gives a `Network` (an `nn.Module`), as
+    `build_unet`. Raises ValueError if there is none of that name, TypeError for a network that could be neither trained nor saved.
+    """
+    backbone = config.network.backbone
+    network: Any = registry.get("backbone", backbone)(config, in_channels=IMAGE_CHANNELS, out_channels=IMAGE_CHANNELS)
+    if not isinstance(network, nn.Module) or not callable(getattr(network, "project", None)):
+        raise TypeError(f"the backbone {backbone!r} gave {type(network).__name__}; it must give a torch.nn.Module with a method project")
+    unsaved = {name for name, _ in network.named_buffers()} - set(network.state_dict())
+    if unsaved:
+        raise TypeError(f"the backbone {backbone!r} has buffers that a model folder would lose, {sorted(unsaved)}; make them persistent")
+    return EDMPrecond(cast(Network, network), config.noise.sigma_data).to(memory_format=torch.channels_last)
+
+
+def build_unet(config: StageConfig, *, in_channels: int, out_channels: int) -> UNet:
+    """The backbone `unet`."""
     network = config.network
-    unet = UNet(
+    return UNet(
         network.resolutions,
         {name: (encoder.width, encoder.pooled_width) for name, encoder in config.encoders.items()},
-        in_channels=IMAGE_CHANNELS,
-        out_channels=IMAGE_CHANNELS,
+        in_channels=in_channels,
+        out_channels=out_channels,
         patch_size=network.patch_size,
         embedding_channels=network.embedding_channels,
         context_channels=network.context_channels,
         head_channels=network.head_channels,
         dropout=network.dropout,
     )
-    return EDMPrecond(unet, config.noise.sigma_data).to(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)

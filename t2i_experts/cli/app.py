@@ -12,27 +12,15 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from t2i_experts import __version__
+from t2i_experts.registry import LazyCommand
 
 PROGRAM = "t2i-experts"
-
-
-@dataclass(frozen=True)
-class LazyCommand:
-    """A sub-command that is not imported yet.
-
-    target: "module:attribute" of a function, which becomes a command, or of a `typer.Typer`, which becomes a group.
-    help: its line in the root's help, kept here so that listing the commands imports none of them.
-    """
-
-    target: str
-    help: str
 
 
 COMMANDS: Mapping[str, LazyCommand] = {
@@ -41,7 +29,15 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "report": LazyCommand("t2i_experts.cli.report:report", "Write a page with charts about a training run."),
     "config": LazyCommand("t2i_experts.cli.config:app", "Show, check, compare, list and copy configs."),
     "shards": LazyCommand("t2i_experts.cli.shards:app", "Build, check and show training data."),
+    "plugins": LazyCommand("t2i_experts.cli.plugins:plugins", "List the plugins, and all parts that are chosen by name."),
 }
+
+
+def plugin_commands() -> dict[str, LazyCommand]:
+    """The commands that plugins add, by name; loads the plugins, but none of their commands."""
+    from t2i_experts.registry import registry
+
+    return {name: registry.get("command", name) for name in registry.names("command") if registry.origin("command", name)}
 
 
 def _without_default_coercion(option: Any) -> Any:
@@ -68,30 +64,31 @@ class Group(TyperGroup):
 
 
 class Root(Group):
-    """The root: knows its commands by name and line of help, and imports the one that is run."""
+    """The root: knows its commands by name and line of help, and imports the one that is run. Plugins' commands come after the table's."""
 
     table: Mapping[str, LazyCommand] = COMMANDS
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The names, in the order of the table."""
-        return list(self.table)
+        return [*self.table, *plugin_commands()]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command, imported now; None if there is none of that name."""
-        return load(cmd_name, self.table[cmd_name]) if cmd_name in self.table else None
+        command = self.table.get(cmd_name) or plugin_commands().get(cmd_name)
+        return load(cmd_name, command) if command else None
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """The list of commands in the root's help, out of the table."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, command.help) for name, command in self.table.items()])
+            formatter.write_dl([(name, command.help) for name, command in {**self.table, **plugin_commands()}.items()])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that the arguments name; a usage error that suggests the nearest one if there is none."""
         name = args[0]
-        if name not in self.table and not name.startswith("-"):
-            near = difflib.get_close_matches(name, self.table, n=1)
+        if name not in self.table and not name.startswith("-") and name not in (names := self.list_commands(ctx)):
+            near = difflib.get_close_matches(name, names, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            ctx.fail(f"unknown command {name!r}.{hint} Allowed: {', '.join(self.table)}.")
+            ctx.fail(f"unknown command {name!r}.{hint} Allowed: {', '.join(names)}.")
         return super().resolve_command(ctx, args)
 
 

@@ -54,7 +54,11 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
     resolved = load_config(config, overrides or [])
     kinds = {f"stage.encoders.{name}.kind": ("encoder", encoder.kind) for name, encoder in resolved.stage.encoders.items()}
-    for key, (kind, name) in {"sampling.sampler": ("sampler", resolved.sampling.sampler), **kinds}.items():
+    kinds |= {
+        "stage.network.backbone": ("backbone", resolved.stage.network.backbone),
+        "sampling.sampler": ("sampler", resolved.sampling.sampler),
+    }
+    for key, (kind, name) in kinds.items():
         if name not in registry.names(kind):
             try:
                 registry.get(kind, name)  # which says what is allowed

@@ -6,9 +6,9 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
-from t2i_experts.config.schema import RunConfig, SamplingConfig, StageConfig, TrainingConfig
+from t2i_experts.config.schema import NetworkConfig, RunConfig, SamplingConfig, StageConfig, TrainingConfig
 
 
 def check_sampling(sampling: SamplingConfig, prefix: str = "sampling.") -> None:
@@ -37,15 +37,14 @@ _RANGES: dict[str, Callable[[float], bool]] = {
 _STAGE = {
     "must be positive and finite": (
         "size",
-        "network.patch_size",
-        "network.embedding_channels",
-        "network.context_channels",
-        "network.head_channels",
         "noise.std",
         "noise.sigma_data",
     ),
     "must be finite": ("noise.mean",),
-    "must lie in [0, 1)": ("network.dropout",),
+}
+_UNET = {
+    "must be positive and finite": ("patch_size", "embedding_channels", "context_channels", "head_channels"),
+    "must lie in [0, 1)": ("dropout",),
 }
 _ENCODER = {
     "must be positive and finite": ("width", "max_tokens"),
@@ -102,11 +101,33 @@ def check_stage_name(name: str, where: str) -> None:
 
 def check_stage(stage: StageConfig, prefix: str = "stage.") -> None:
     """Raises ValueError for a stage that cannot be built or saved, naming the field after `prefix`."""
-    network, resolutions = stage.network, stage.network.resolutions
     check_stage_name(stage.name, f"{prefix}name")
     _check_numbers(stage, prefix, _STAGE)
+    if stage.network.backbone == "unet":
+        _check_unet(stage, prefix)
+    else:
+        _check_other_backbone(stage.network, f"{prefix}network.")
+    if not stage.encoders:
+        raise ValueError(f"{prefix}encoders is empty; at least one encoder must condition the model")
+    for name, encoder in stage.encoders.items():
+        where = f"{prefix}encoders.{name}"
+        if not _NAME.fullmatch(name) or name == stage.name:
+            raise ValueError(f"{where}: an encoder's name must be letters, digits, '_' and '-', and not the stage's ({stage.name!r})")
+        _check_numbers(encoder, f"{where}.", _ENCODER)
+        if encoder.kind == "clip_image" and encoder.max_tokens != 1:
+            raise ValueError(f"{where}.max_tokens={encoder.max_tokens} must be 1 for kind clip_image: a picture is one token")
+
+
+def _check_unet(stage: StageConfig, prefix: str) -> None:
+    network, resolutions = stage.network, stage.network.resolutions
+    for key in ("embedding_channels", "context_channels"):
+        if getattr(network, key) == 0:
+            raise ValueError(f"{prefix}network.{key}=0 must be positive: missing mandatory value of the backbone unet")
+    _check_numbers(network, f"{prefix}network.", _UNET)
+    if network.options:
+        raise ValueError(f"{prefix}network.options={network.options} would be ignored: the backbone unet has none, but fields of its own")
     if not resolutions:
-        raise ValueError(f"{prefix}network.resolutions is empty; the U-Net needs at least one resolution")
+        raise ValueError(f"{prefix}network.resolutions is empty: missing mandatory value; the U-Net needs at least one resolution")
     factor = network.patch_size * 2 ** (len(resolutions) - 1)
     if stage.size % factor:
         raise ValueError(
@@ -121,15 +142,36 @@ def check_stage(stage: StageConfig, prefix: str = "stage.") -> None:
             raise ValueError(f"{where}.channels={spec.channels} must be a multiple of head_channels={network.head_channels}")
     if not any(spec.cross_attention for spec in resolutions):
         raise ValueError(f"{prefix}network.resolutions: at least one needs cross_attention: true, or the prompt's tokens are never read")
-    if not stage.encoders:
-        raise ValueError(f"{prefix}encoders is empty; at least one encoder must condition the model")
-    for name, encoder in stage.encoders.items():
-        where = f"{prefix}encoders.{name}"
-        if not _NAME.fullmatch(name) or name == stage.name:
-            raise ValueError(f"{where}: an encoder's name must be letters, digits, '_' and '-', and not the stage's ({stage.name!r})")
-        _check_numbers(encoder, f"{where}.", _ENCODER)
-        if encoder.kind == "clip_image" and encoder.max_tokens != 1:
-            raise ValueError(f"{where}.max_tokens={encoder.max_tokens} must be 1 for kind clip_image: a picture is one token")
+
+
+def _check_other_backbone(network: NetworkConfig, prefix: str) -> None:
+    """The U-Net's fields would be ignored; options must come back as they were from a checkpoint and a model folder, which are JSON."""
+    plain = NetworkConfig(backbone=network.backbone, options=network.options)
+    for field in fields(network):
+        value = getattr(network, field.name)
+        if value != getattr(plain, field.name):
+            raise ValueError(
+                f"{prefix}{field.name}={value} is the unet's; the settings of the backbone {network.backbone!r} belong in {prefix}options"
+            )
+    _check_option(network.options, f"{prefix}options")
+
+
+def _check_option(value: object, where: str) -> None:
+    match value:
+        case dict():
+            for key, inner in value.items():
+                if not isinstance(key, str):
+                    raise ValueError(f"{where}: the key {key!r} must be a string")
+                _check_option(inner, f"{where}.{key}")
+        case list():
+            for i, inner in enumerate(value):
+                _check_option(inner, f"{where}[{i}]")
+        case float() if not math.isfinite(value):
+            raise ValueError(f"{where}={value} must be finite")
+        case None | str() | int() | float():
+            pass
+        case _:
+            raise ValueError(f"{where}={value!r}; allowed: null, true, false, numbers, strings, and lists and mappings of these")
 
 
 TRACKERS = ("tensorboard", "wandb")

@@ -25,18 +25,23 @@ class ResolutionSpec:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """The U-Net. Dimensions in channels; `head_channels` is the width of one attention head.
+    """The network that is trained: the U-Net, of which all fields but the last two are, or the backbone of a plugin.
 
+    Dimensions in channels; `head_channels` is the width of one attention head. The U-Net must be given `resolutions`,
+    `embedding_channels` and `context_channels`.
     patch_size: with p > 1 the first resolution has 1/p of the image's side, each of its pixels holding p x p of the image's. Most of the
     cost of a U-Net lies in its first resolution, which becomes p^2 times cheaper.
+    backbone: its name in the registry. options: settings of any other backbone than `unet`, which are its own.
     """
 
-    resolutions: list[ResolutionSpec] = MISSING
+    resolutions: list[ResolutionSpec] = field(default_factory=list)
     patch_size: int = 1
-    embedding_channels: int = MISSING
-    context_channels: int = MISSING
+    embedding_channels: int = 0
+    context_channels: int = 0
     head_channels: int = 64
     dropout: float = 0.0
+    backbone: str = "unet"
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

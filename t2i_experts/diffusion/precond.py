@@ -15,9 +15,13 @@ from t2i_experts.types import Conditioning, Embedding
 class Network(Protocol):
     """F(x; c_noise, projected), see `t2i_experts.nn.unet.UNet`."""
 
-    def project(self, embeddings: Mapping[str, Embedding]) -> dict[str, Tensor]: ...
+    def project(self, embeddings: Mapping[str, Embedding]) -> dict[str, Tensor]:
+        """What depends on the prompt and not on sigma; not empty, and every tensor has the batch as its first dimension."""
+        ...
 
-    def __call__(self, x: Tensor, c_noise: Tensor, projected: Mapping[str, Tensor]) -> Tensor: ...
+    def __call__(self, x: Tensor, c_noise: Tensor, projected: Mapping[str, Tensor]) -> Tensor:
+        """x: (B, C_in, H, W) of unit variance; c_noise: (B,) float32, ln(sigma)/4. Returns (B, C_out, H, W)."""
+        ...
 
 
 class EDMPrecond(nn.Module):

@@ -1,0 +1,160 @@
+"""Plugins that pip installs, used through the command line in processes of their own: two examples, and the one of PLUGINS.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import t2i_experts
+
+ROOT = Path(t2i_experts.__file__).parents[1]
+EXAMPLES = [Path(__file__).parent / "plugins" / name for name in ("t2i-example-sampling", "t2i-example-networks")]
+PIP = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--no-build-isolation"]
+
+
+def environment(*path: Path) -> dict[str, str]:
+    return os.environ | {"T2I_PLUGINS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *path))), "T2I_DEBUG": "1"}
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A folder into which the examples are installed; calling it runs the command line with them on the path."""
+
+    folder: Path
+
+    def __call__(
+        self, *arguments: object, code: int = 0, python: Sequence[str] = ("-m", "t2i_experts")
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *python, *map(str, arguments)]
+        done = subprocess.run(command, env=environment(self.folder), capture_output=True, text=True, timeout=120)
+        assert done.returncode == code, done.stderr
+        return done
+
+
+@pytest.fixture(scope="module")
+def t2i(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    folder = tmp_path_factory.mktemp("installed")
+    done = subprocess.run([sys.executable, *PIP, "--target", folder, *EXAMPLES], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return Installed(folder)
+
+
+def test_they_are_listed(t2i: Installed) -> None:
+    document = json.loads(t2i("plugins", "--json").stdout)
+    found = {plugin["name"]: (plugin["distribution"], plugin["version"], plugin["state"]) for plugin in document["plugins"]}
+    assert found == {"sampling": ("t2i-example-sampling", "1.2.3", "ok"), "networks": ("t2i-example-networks", "0.1", "ok")}
+    sources = {(kind, part["name"]): part["from"]["plugin"] for kind, parts in document["parts"].items() for part in parts if part["from"]}
+    assert sources == {
+        ("sampler", "at_once"): "sampling",
+        ("source", "colon"): "sampling",
+        ("backbone", "mixer"): "networks",
+        ("command", "mixer"): "networks",
+    }
+
+
+def test_the_help_lists_their_commands_and_imports_nothing_heavy(t2i: Installed) -> None:
+    program = """
+import sys
+import t2i_experts
+assert not any(name.startswith("t2i_example") for name in sys.modules)
+from t2i_experts.cli.app import main
+try:
+    main(["--help"])
+finally:
+    assert "t2i_example_sampling" in sys.modules
+    heavy = {"torch", "numpy", "PIL", "transformers", "omegaconf", "t2i_example_networks.mixer", "t2i_example_networks.command"}
+    assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    done = t2i(python=("-c", program))
+    assert re.search(r"^  mixer +What a mixer is\.$", done.stdout, re.M)
+    assert done.stderr == ""
+
+
+def test_their_commands_run(t2i: Installed) -> None:
+    assert t2i("mixer", "parameters", 10).stdout == "910\n"
+    assert "Count the parameters" in t2i("mixer", "--help").stdout
+    assert "error: CHANNELS=0 must be positive" in t2i("mixer", "parameters", 0, code=2).stderr
+
+
+def test_shards_are_built_from_their_source(t2i: Installed, tmp_path: Path) -> None:
+    for name, colour in (("a.png", "red"), ("b.png", "green")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / name)
+    (tmp_path / "list.captions").write_text("a.png: all red\nnothing\nb.png: all: green\n")
+    done = t2i("shards", "build", tmp_path / "list.captions", "--kind", "colon", "--out", tmp_path / "data", "--workers", 1, "--json")
+    built = json.loads(done.stdout)
+    assert (built["samples"], built["captions"]) == (2, 2)
+    assert built["skipped"] == {"line without a caption": {"count": 1, "first": ["nothing"]}}
+    shown = t2i("shards", "show", tmp_path / "data", 1, "--json")
+    assert json.loads(shown.stdout)["captions"] == ["all: green"]
+
+
+@pytest.mark.slow
+def test_a_model_with_their_backbone_is_trained_and_drawn_with_their_sampler(
+    t2i: Installed, write_config: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """By two processes with loader workers, and from the model folder alone: it names the backbone and its options."""
+    config = write_config("run")
+    text = config.read_text()
+    network = re.compile(r"  network: .*?(?=  encoders:)", re.S)
+    config.write_text(network.sub("  network: {backbone: mixer, options: {channels: 6}}\n", text))
+    few = ("training.images=16", "training.preview.every_images=16", "training.preview.prompts=[a]", "training.validation.every_images=16")
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "t2i_experts")
+    t2i("train", config, *few, "data.workers=1", "sampling.sampler=at_once", "--quiet", python=two)
+    model = tmp_path / "run" / "model"
+    stage = json.loads((model / "base64" / "config.json").read_text())
+    assert stage["_class_name"] == "mixer"
+    assert stage["network"]["options"] == {"channels": 6}
+    drawn = t2i("generate", "a red cube", "--model", model, "--device", "cpu", "--out", tmp_path / "cube.png", "--json")
+    assert json.loads(drawn.stdout)["sampling"]["sampler"] == "at_once"
+    assert Image.open(tmp_path / "cube.png").size == (16, 16)
+
+
+# The page
+
+
+def code_blocks(page: str) -> tuple[dict[str, str], str]:
+    """The files of the page, each of which is named at the beginning of the paragraph before it, and its shell commands."""
+    files = dict(re.findall(r"^`([\w./-]+)`[^\n]*\n(?:[^\n]+\n)*\n```(?:toml|python)\n(.*?)^```", page, re.M | re.S))
+    (commands,) = re.findall(r"^```bash\n(.*?)^```", page, re.M | re.S)
+    return files, commands
+
+
+@pytest.mark.slow
+def test_the_page_tells_the_truth(model_folder: Path, tmp_path: Path) -> None:
+    """Its files and its commands as they are written; `pip` and `t2i-experts` on the path are this interpreter's."""
+    files, commands = code_blocks((ROOT / "t2i_experts" / "PLUGINS.md").read_text(encoding="utf-8"))
+    assert sorted(files) == ["t2i-midpoint/pyproject.toml", "t2i-midpoint/t2i_midpoint.py"]
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert len(files["t2i-midpoint/t2i_midpoint.py"].splitlines()) < 60
+    installed, programs = tmp_path / "installed", tmp_path / "programs"
+    programs.mkdir()
+    pip = [sys.executable, *PIP[:2], '"$@"', *PIP[3:], "--target", str(installed)]
+    for name, command in {"pip": pip, "t2i-experts": [sys.executable, "-m", "t2i_experts", '"$@"']}.items():
+        (programs / name).write_text(f"#!/bin/sh\nexec {' '.join(command)}\n")
+        (programs / name).chmod(0o755)
+    (tmp_path / "runs" / "photos").mkdir(parents=True)
+    (tmp_path / "runs" / "photos" / "model").symlink_to(model_folder)
+    variables: dict[str, Any] = environment(installed)
+    variables["PATH"] = f"{programs}{os.pathsep}{variables['PATH']}"
+    done = subprocess.run(["bash", "-ec", commands], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "'midpoint' (t2i-midpoint 1.0): ok, adds sampler midpoint, command sigmas"
+    start = lines.index("80.000")
+    levels = [float(line) for line in lines[start : start + 5]]
+    assert levels == sorted(levels, reverse=True)
+    assert levels[-2:] == [0.002, 0]
+    assert lines[start + 5 :] == ["apple.png"]
+    assert Image.open(tmp_path / "apple.png").size == (16, 16)
