@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from t2i_experts.cli.app import main
-from t2i_experts.cli.app import COMMANDS
+from t2i_experts.cli.app import COMMANDS, main
 from t2i_experts.registry import BUILT_IN, Registry
 
 Install = Callable[..., None]

@@ -164,7 +164,7 @@ def _lines(tree: Mapping[str, Any], settings: Mapping[str, Setting], at: str = "
     for name, value in tree.items():
         key = f"{at}.{name}" if at else name
         text = f"{indent}{name}: {json.dumps(value, ensure_ascii=False)}"
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield f"{indent}{name}:", ""
             yield from _lines(value, settings, key, depth + 1)
         elif isinstance(value, list) and len(text) > _LINE:

@@ -20,11 +20,11 @@ class Setting:
 
 
 def flatten(tree: Mapping[str, Any], at: str = "") -> dict[str, Any]:
-    """The values of nested dicts by dotted key; a list is one value."""
+    """The values of nested dicts by dotted key; a list is one value, and so is an empty dict."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{at}.{name}" if at else name
-        flat |= flatten(value, key) if isinstance(value, Mapping) else {key: value}
+        flat |= flatten(value, key) if isinstance(value, Mapping) and value else {key: value}
     return flat
 
 
