@@ -192,12 +192,13 @@ def _read_samples(tar: Path, rows: Iterable[Row]) -> list[_Sample]:
     try:
         for row in rows:
             try:
+                row.check_sizes()
                 image, text, fields = (
                     os.pread(file, place[1], place[0]) if place[0] else None for place in (row.image, row.text, row.fields)
                 )
                 captions, _ = parse_captions(text, fields)
                 found.append(_Sample(row.key, tuple(len(caption) for caption in captions), verify(image or b"")))
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 found.append(_Sample(row.key, problem=str(error)))
     finally:
         os.close(file)

@@ -49,6 +49,18 @@ class RunLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
 
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """The events of a kind so far, of this run and what it goes on from; none on processes that do not write."""
+        if not self.writes or not self.path.exists():
+            return []
+        found = (json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines())
+        return [event for event in found if event["event"] == kind]
+
+    def warn(self, message: str) -> None:
+        """A line on stderr, above the progress bar if there is one."""
+        if self.writes:
+            tqdm.write(message, file=sys.stderr)
+
     def advance(self, images: int, loss: float | None = None) -> None:
         """Moves the progress bar by `images`."""
         if self._bar is not None:

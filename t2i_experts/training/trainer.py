@@ -30,6 +30,7 @@ from t2i_experts.training.processes import agreed_checkpoint, open_processes
 from t2i_experts.training.state import TrainState, lock_run, refuse_changed_config
 from t2i_experts.training.task import Batch, DiffusionTask
 from t2i_experts.training.tracking import RunLog
+from t2i_experts.training.unreadable import UnreadableSamples
 from t2i_experts.training.validation import ValidationLoss, validate
 
 
@@ -81,6 +82,9 @@ class Trainer:
             total_images=training.images,
             writes=self.accelerator.is_main_process,
             progress=progress,
+        )
+        self.unreadable = UnreadableSamples(
+            self.accelerator, self.log, images_seen=self.state.images_seen, max_share=config.data.max_unreadable
         )
         self._recent: list[tuple[list[str], Tensor, Tensor]] = []  # keys, losses and gradient norm of each step since the last look
 
@@ -149,6 +153,7 @@ class Trainer:
                 micro_losses = self.task.losses(self.model, batch)
                 (micro_losses.mean() / training.accumulation).backward()
             keys.extend(batch.keys)
+            self.unreadable.note(batch.unreadable, drawn=True)
             losses.append(micro_losses.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), training.optimizer.clip_norm or math.inf)
         self.optimizer.step()
@@ -202,6 +207,7 @@ class Trainer:
 
     def _report(self, window: float, waited: float, images: int) -> None:
         """A line in the log and the loss beside the progress bar, over the steps since `window` on the monotonic clock."""
+        self.unreadable.tell(self.state.images_seen)
         self._refuse_divergence()
         means = torch.stack([torch.stack((losses.mean(), norm)) for _, losses, norm in self._recent]).mean(dim=0)
         loss, norm = (self.accelerator.reduce(means, "mean")).tolist()
@@ -216,6 +222,7 @@ class Trainer:
             learning_rate=self.optimizer.param_groups[0]["lr"],
             images_per_second=round(images / seconds, 2),
             data_wait=round(waited / seconds, 4),
+            unreadable_draws=self.unreadable.drawn,
         )
 
     def _validate(self) -> None:
@@ -231,8 +238,11 @@ class Trainer:
             rank=self.rank,
             world_size=self.world_size,
         )
-        losses = self.accelerator.reduce(result.losses.float().to(self.device), "sum").cpu().double()
-        self.log.event("validation", self.state.images_seen, **ValidationLoss(losses, result.edges).summary())
+        self.unreadable.note(result.unreadable, drawn=False)
+        losses, read = (
+            self.accelerator.reduce(part.float().to(self.device), "sum").cpu().double() for part in (result.losses, result.read)
+        )
+        self.log.event("validation", self.state.images_seen, **ValidationLoss(losses, result.edges, read > 0).summary())
 
     def _preview(self) -> None:
         if self.accelerator.is_main_process:
@@ -244,6 +254,7 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         """Saves the state and, beside the checkpoints, the EMA weights as a model folder that generates."""
+        self.unreadable.tell(self.state.images_seen)  # what a checkpoint has passed is never drawn again, and must be in the log
         if self.accelerator.is_main_process:
             self.state.save(self.root, self.config.training.keep_checkpoints)
             self._save_model()
