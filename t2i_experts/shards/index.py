@@ -30,7 +30,7 @@ _MAX_HEADER = 2**26
 _READ = (*IMAGE_EXTENSIONS, "txt", "json")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """The members of one sample as (offset, bytes) in the tar; (0, 0) where there is none."""
 
@@ -129,7 +129,8 @@ def scan(tar: Path) -> Scan:
     except (tarfile.TarError, ValueError, OSError, EOFError, RecursionError) as error:
         raise ValueError(f"{tar}: cannot be read as an uncompressed tar: {error}") from error
     rows = []
-    for key, members in samples.items():
+    while samples:  # taken apart, so that a sample is not in memory twice
+        key, members = samples.popitem()
         images = [members[extension] for extension in IMAGE_EXTENSIONS if extension in members]
         if len(images) != 1:
             wrong.setdefault(key, "it has no image (jpg, png or webp)" if not images else "it has several images")
