@@ -100,7 +100,8 @@ def dump_fields(captions: Sequence[str], metadata: Mapping[str, Any]) -> bytes |
     if len(captions) == 1 and not metadata:
         return None
     head = {"captions": list(captions)} if len(captions) > 1 else {"caption": captions[0]}
-    return json.dumps({**head, **metadata}, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    text = json.dumps({**head, **metadata}, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode(errors="backslashreplace")  # half surrogate pairs in metadata become JSON escapes again
 
 
 @dataclass(frozen=True)
