@@ -157,23 +157,29 @@ class ShardReader:
     def _row(self, shard: int, i: int) -> Row:
         """Where sample i of a shard lies, from its index file, or from a scan of the tar; what a scan finds or misses is kept in memory."""
         folder, entry = self._shards[shard]
-        try:
-            if shard not in self._indices:
-                self._indices[shard] = self._open_index(folder, entry)
-            index = self._indices[shard]
-            if isinstance(index, IndexFile):
+        for _ in range(2):
+            index = self._index(shard)
+            if isinstance(index, tuple):
+                return index[i]
+            if isinstance(index, Unreadable):
+                raise UnreadableSample(index)
+            try:
                 return index.unpack(self._read(index.path, *index.place(i)))
-        except (ValueError, OSError) as error:  # may pass, unlike what a scan missed
-            raise UnreadableSample(_unreadable_tar(folder / entry.file, error)) from error
-        if isinstance(index, Unreadable):
-            raise UnreadableSample(index)
-        return index[i]
+            except (ValueError, OSError) as error:
+                del self._indices[shard]  # the index file has been deleted or cut since it was opened: it is found anew
+                broken = _unreadable_tar(folder / entry.file, error)
+        raise UnreadableSample(broken)
 
-    def _open_index(self, folder: Path, entry: ShardEntry) -> IndexFile | tuple[Row, ...] | Unreadable:
-        try:
-            return open_index(folder, entry)
-        except ValueError as error:
-            return _unreadable_tar(folder / entry.file, error)
+    def _index(self, shard: int) -> IndexFile | tuple[Row, ...] | Unreadable:
+        folder, entry = self._shards[shard]
+        if shard not in self._indices:
+            try:
+                self._indices[shard] = open_index(folder, entry)
+            except OSError as error:
+                return _unreadable_tar(folder / entry.file, error)  # may pass, unlike what a scan misses
+            except ValueError as error:
+                self._indices[shard] = _unreadable_tar(folder / entry.file, error)
+        return self._indices[shard]
 
     def _read(self, path: Path, offset: int, length: int) -> bytes:
         """Bytes of a file, none at offset 0, where no member lies. A file system that fails is asked again twice."""

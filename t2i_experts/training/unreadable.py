@@ -66,4 +66,4 @@ class UnreadableSamples:
             where = what.shard if what.key is None else f"{what.shard}: sample {what.key!r}"
             self._log.warn(f"warning: {where} cannot be read and is replaced or left out: {what.why}")
         if self._warned == _WARNINGS:
-            self._log.warn(f"warning: further unreadable samples are named in {self._log.path} alone")
+            self._log.warn(f"warning: any further unreadable samples are named in {self._log.path} alone")

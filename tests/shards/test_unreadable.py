@@ -118,7 +118,7 @@ def test_a_failing_file_system_is_asked_again(tmp_path: Path, make_shards: MakeS
     monkeypatch.setattr(reader_module.os, "pread", failing)
     monkeypatch.setattr(reader_module.time, "sleep", waited.append)
     assert facts(reader[0]) == expected and len(waited) == 2
-    failures[0] = 3
+    failures[0] = 6
     assert reader[0].unreadable[0].why.endswith("Input/output error")
 
 
@@ -147,3 +147,12 @@ def test_what_an_index_claims_is_not_believed(tmp_path: Path, make_shards: MakeS
         path.write_bytes(data.replace(packed, false))
         with pytest.raises(UnreadableSample, match=r"sample '00001': its image has"):
             reader.item(1)
+
+
+def test_an_index_file_that_vanishes_or_shrinks_is_found_anew(tmp_path: Path, make_shards: MakeShards) -> None:
+    reader = ShardReader([make_shards(tmp_path, 10)], size=4, seed=0)
+    expected = [facts(reader[position]) for position in range(10)]
+    os.truncate(tmp_path / "00000.index", 70)
+    (tmp_path / "00001.index").unlink()
+    reader.close()
+    assert [facts(reader[position]) for position in range(10)] == expected

@@ -53,7 +53,7 @@ def test_a_run_goes_on_and_names_each_sample_once(
     overrides = [*broken, "training.images=96", "training.checkpoint_every_images=16", "training.log_every_images=48"]
     train(load_config(write_config("unbroken"), overrides), progress=False)
     stderr = capsys.readouterr().err
-    assert stderr.count("cannot be read") == 5 and "no picture" in stderr and "further unreadable samples" in stderr
+    assert stderr.count("cannot be read") == 5 and "no picture" in stderr and "any further unreadable samples" in stderr
     assert named(tmp_path / "unbroken") == EVERYTHING
     assert [event["images"] for event in events(tmp_path / "unbroken", "validation")] == [6, 6, 6]
     train(load_config(write_config("cut"), [*overrides, "training.images=16"]), progress=False)
