@@ -36,7 +36,7 @@ def main() -> None:
     others = set(stage.config.encoders) - set(texts)
     variants = {"all text": (others, False), "shuffled captions": (others, True), "no text": (others | set(texts), False)}
     variants |= {f"{name} only": (others | (set(texts) - {name}), False) for name in texts}
-    losses = {
+    validations = {
         name: validate(
             stage.denoiser,
             task,
@@ -46,9 +46,11 @@ def main() -> None:
             batch_size=arguments.batch_size,
             without=without,
             shuffled=shuffled,
-        ).losses.mean(dim=1)
+        )
         for name, (without, shuffled) in variants.items()
     }
+    read = torch.stack([validation.read for validation in validations.values()]).all(dim=0)
+    losses = {name: validation.losses[read].mean(dim=1) for name, validation in validations.items()}
     results = {}
     for name, values in losses.items():
         gap = values - losses["all text"]

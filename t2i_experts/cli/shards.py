@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,10 +16,11 @@ import typer
 if TYPE_CHECKING:
     from t2i_experts.shards.check import CheckReport
     from t2i_experts.shards.format import Manifest
+    from t2i_experts.shards.reader import RawSample, ShardReader
 
 app = typer.Typer(
     name="shards",
-    help="Training data: build shards from captioned pictures, check them, look at a sample.",
+    help="Training data: build shards from captioned pictures, check them, look at samples.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -90,7 +91,7 @@ def check(
         verdict = f"{len(report.problems)} problems" if report.problems else "good"
         left_out = f", {len(report.left_out)} samples left out" if report.left_out else ""
         written = "; manifest written" if write_manifest else ""
-        typer.echo(f"{folder}: {verdict}: {_summary(report.manifest)}{left_out}{written}")
+        typer.echo(f"{folder}: {verdict}: {_summary(report.manifest)}{left_out}{written}; hash {report.manifest.hash[:16]}")
     if report.problems:
         raise typer.Exit(1)
 
@@ -98,31 +99,117 @@ def check(
 @app.command()
 def show(
     folder: Annotated[Path, typer.Argument(help="A shard folder.")],
-    index: Annotated[int, typer.Argument(help="Number of the sample, from 0, in the order of tars and keys.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Also write the image as it is stored to this file.")] = None,
+    index: Annotated[
+        int | None, typer.Argument(help="Number of the sample, from 0, in the order of tars and keys.", show_default=False)
+    ] = None,
+    num: Annotated[
+        int | None,
+        typer.Option(help="A table of so many samples: from INDEX on, or else spread over the whole folder.", show_default=False),
+    ] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Also write them as a contact sheet with captions to this PNG; 24 of them without --num.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the image of one sample as it is stored to this file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show the captions and fields of one sample."""
-    from t2i_experts.shards.images import image_size
+    """Show the captions and fields of one sample, or a table and a contact sheet of several."""
     from t2i_experts.shards.reader import ShardReader
 
+    several = num is not None or sheet is not None
+    num = 24 if num is None else num
+    if num < 1:
+        raise ValueError(f"--num={num} must be at least 1")
+    if several and out is not None:
+        raise ValueError(f"--out {out} writes the image of one sample; leave out --num and --sheet")
+    if sheet is not None and sheet.suffix.lower() != ".png":
+        raise ValueError(f"--sheet {sheet} must end in .png")
     reader = ShardReader([folder], size=1, seed=0)
-    if not 0 <= index < reader.samples:
+    if index is not None and not 0 <= index < reader.samples:
         raise ValueError(f"INDEX={index} must lie in [0, {reader.samples})")
+    if several:
+        num = min(num, reader.samples)
+        spread = [i * reader.samples // num for i in range(num)]
+        _show_several(reader, spread if index is None else range(index, min(index + num, reader.samples)), sheet, as_json)
+    else:
+        _show_one(reader, index or 0, out, as_json)
+
+
+def _show_one(reader: ShardReader, index: int, out: Path | None, as_json: bool) -> None:
     sample = reader.raw(index)
-    width, height = image_size(sample.image)
+    document = _described(index, sample)
     if out is not None:
         out.write_bytes(sample.image)
     if as_json:
-        document = {"index": index, "shard": str(sample.shard), "key": sample.key, "width": width, "height": height}
-        document |= {"bytes": len(sample.image), "captions": list(sample.captions), "metadata": sample.metadata}
-        typer.echo(json.dumps(document, ensure_ascii=False))
+        typer.echo(_json(document))
         return
-    typer.echo(f"sample {index} of {reader.samples}: {sample.key} in {sample.shard}, {width}x{height} pixels, {len(sample.image):,} bytes")
+    typer.echo(
+        f"sample {index} of {reader.samples}: {_printable(sample.key)} in {sample.shard}, "
+        f"{document['width']}x{document['height']} pixels, {len(sample.image):,} bytes"
+    )
     for caption in sample.captions:
-        typer.echo(f"caption: {caption}")
+        typer.echo(f"caption: {_printable(caption)}")
     for name, value in sample.metadata.items():
-        typer.echo(f"{name}: {value}")
+        typer.echo(f"{_printable(name)}: {_printable(str(value))}")
+
+
+def _show_several(reader: ShardReader, indices: Sequence[int], sheet: Path | None, as_json: bool) -> None:
+    """A line for each sample; one that cannot be read says why."""
+    import shutil
+
+    documents: list[dict[str, Any]] = []
+    cells: list[tuple[bytes | None, str]] = []
+    for index in indices:
+        image = None
+        try:
+            sample = reader.raw(index)
+            documents.append(_described(index, sample))
+            image, text = sample.image, sample.captions[0]
+        except ValueError as error:
+            text = f"cannot be read: {error}"
+            documents.append({"index": index, "unreadable": str(error)})
+        if sheet is not None:
+            cells.append((image, f"{index}: {_printable(text)}"))
+    if sheet is not None:
+        from t2i_experts.cli.sample_sheet import draw_sheet
+
+        draw_sheet(cells).save(sheet)
+    if as_json:
+        typer.echo(_json({"samples": documents, "sheet": None if sheet is None else str(sheet)}))
+        return
+    width = shutil.get_terminal_size((120, 0)).columns
+    rows = [("index", "key", "pixels", "bytes", "captions", "first caption")]
+    for document in documents:
+        if "unreadable" in document:
+            rows.append((str(document["index"]), "-", "-", "-", "-", f"cannot be read: {document['unreadable']}"))
+        else:
+            size, captions = f"{document['width']}x{document['height']}", document["captions"]
+            rows.append((str(document["index"]), document["key"], size, f"{document['bytes']:,}", str(len(captions)), captions[0]))
+    cells_of = [[_printable(cell)[: 32 if i == 1 else None] for i, cell in enumerate(row)] for row in rows]
+    widths = [max(len(row[i]) for row in cells_of) for i in range(5)]
+    for row in cells_of:
+        line = "  ".join(cell.ljust(n) if i == 1 else cell.rjust(n) for i, (cell, n) in enumerate(zip(row, widths, strict=False)))
+        typer.echo(f"{line}  {row[5]}"[: max(width, len(line) + 20)])
+    if sheet is not None:
+        typer.echo(f"contact sheet: {sheet}", err=True)
+
+
+def _described(index: int, sample: RawSample) -> dict[str, Any]:
+    """A sample as plain values. Raises ValueError if the header of its image cannot be read."""
+    from t2i_experts.shards.images import image_size
+
+    width, height = image_size(sample.image)
+    place = {"index": index, "shard": str(sample.shard), "key": sample.key, "width": width, "height": height}
+    return {**place, "bytes": len(sample.image), "captions": list(sample.captions), "metadata": sample.metadata}
+
+
+def _printable(text: str) -> str:
+    """On one line, and without characters that would do something to a terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _json(document: dict[str, Any]) -> str:
+    """Half surrogate pairs, which JSON in shards may hold and no stream takes, stay escaped."""
+    return json.dumps(document, ensure_ascii=False).encode(errors="backslashreplace").decode()
 
 
 def _workers(workers: int | None) -> int:

@@ -200,7 +200,7 @@ def check(config: RunConfig) -> None:
     check_sampling(preview, "training.preview.")
     if not config.data.train:
         raise ValueError("data.train is empty; name at least one shard folder")
-    _check_numbers(config, "", {"must be finite and not negative": ("data.workers",)})
+    _check_numbers(config, "", {"must be finite and not negative": ("data.workers",), "must lie in [0, 1)": ("data.max_unreadable",)})
     every = config.training.validation.every_images
     if every and config.data.validation is None:
         raise ValueError(f"training.validation.every_images={every} needs data.validation; set it to 0, or name a shard folder there")

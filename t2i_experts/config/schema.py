@@ -86,11 +86,15 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Shard folders. `validation` is never trained on; `workers` decode images beside each training process."""
+    """Shard folders. `validation` is never trained on; `workers` decode images beside each training process.
+
+    max_unreadable: a sample that cannot be read is replaced by another one; the run ends when more than this share of draws was unreadable.
+    """
 
     train: list[str] = MISSING
     validation: str | None = None
     workers: int = 2
+    max_unreadable: float = 0.1
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from t2i_experts.registry import registry
-from t2i_experts.shards.format import CAPTION_FIELDS, Manifest
+from t2i_experts.shards.format import CAPTION_FIELDS, MAX_CAPTION_CHARACTERS, MAX_IMAGE_BYTES, Manifest
 from t2i_experts.shards.images import prepare
 from t2i_experts.shards.sources import Record, Skipped, source_name
 from t2i_experts.shards.writer import ShardWriter
@@ -109,6 +109,8 @@ def _checked(record: Record, skipped: Skipped) -> Record | None:
         skipped.add("picture without a caption", record.name)
     elif any("\ud800" <= character <= "\udfff" for caption in captions for character in caption):
         skipped.add("caption is not valid Unicode", record.name)
+    elif any(len(caption) > MAX_CAPTION_CHARACTERS for caption in captions):
+        skipped.add(f"caption of more than {MAX_CAPTION_CHARACTERS:,} characters", record.name)
     else:
         for _ in range(blank):
             skipped.add("blank caption", record.name)
@@ -121,7 +123,10 @@ def _prepared(keyed: Sequence[tuple[str, Record]], options: BuildOptions) -> Ite
 
     def load(record: Record) -> tuple[bytes, str] | ValueError:
         try:
-            return prepare(record.file.read_bytes(), options.resize)
+            data, extension = prepare(record.file.read_bytes(), options.resize)
+            if len(data) > MAX_IMAGE_BYTES:
+                return ValueError(f"it has {len(data):,} bytes; at most {MAX_IMAGE_BYTES:,} are stored; --resize makes it smaller")
+            return data, extension
         except OSError as error:
             return ValueError(f"cannot be read: {error.strerror}")
         except ValueError as error:

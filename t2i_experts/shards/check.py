@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,16 +53,24 @@ class _Sample:
     key: str
     caption_characters: tuple[int, ...] = ()
     size: tuple[int, int] = (0, 0)
+    digest: bytes = b""
+    byte_order_mark: bool = False
     problem: str | None = None
 
 
 @dataclass(frozen=True)
 class _Tar:
-    """What one tar holds. broken: samples whose image or caption cannot be read. incomplete: those without one of them."""
+    """What one tar holds.
+
+    digests: of the pictures' bytes, one for each of `rows`. byte_order_marks: caption files that begin with one. broken: samples whose
+    image or caption cannot be read. incomplete: those without one of them.
+    """
 
     entry: ShardEntry
     statistics: Statistics
     rows: tuple[Row, ...]
+    digests: tuple[bytes, ...]
+    byte_order_marks: int
     broken: tuple[Problem, ...]
     incomplete: tuple[Problem, ...]
     unsorted: str | None
@@ -94,6 +103,8 @@ def check_shards(
     with ThreadPoolExecutor(workers) as pool:
         for path in paths:
             try:
+                if not path.is_file():  # opening a pipe would wait for ever
+                    raise ValueError("is no file")
                 tar = _check_tar(path, pool, workers, functools.partial(_after, done, progress))
             except ValueError as error:
                 report.problems.append(Problem(path.name, None, str(error)))
@@ -144,6 +155,8 @@ def _check_tar(path: Path, pool: ThreadPoolExecutor, workers: int, progress: Cal
         ShardEntry(path.name, len(good), path.stat().st_size, digest.result(), skipped),
         Statistics.of([n for sample in good for n in sample.caption_characters], [sample.size for sample in good]),
         tuple(row for row, sample in zip(found.rows, samples, strict=True) if sample.problem is None),
+        tuple(sample.digest for sample in good),
+        sum(sample.byte_order_mark for sample in good),
         broken,
         tuple(Problem(path.name, key, detail) for key, detail in found.incomplete),
         found.unsorted,
@@ -154,20 +167,36 @@ def _after(before: int, progress: Callable[[int, int], None], done: int, total: 
     progress(before + done, before + total)
 
 
-def _notes(tars: Iterable[_Tar]) -> Iterator[str]:
+def _notes(tars: Sequence[_Tar]) -> Iterator[str]:
     """What is no obstacle here, but may be elsewhere."""
-    seen: set[str] = set()
+    keys: dict[str, str] = {}
+    pictures: dict[bytes, str] = {}
     repeated: list[str] = []
+    copies: list[str] = []
+    marks = 0
     for tar in tars:
+        file = tar.entry.file
         if tar.unsorted is not None:
             yield (
                 f"{tar.entry.file} is not sorted: the members of {tar.unsorted!r} do not stand together. They are read correctly "
                 "here; readers that go through a tar from its beginning would see two halves"
             )
-        repeated += [row.key for row in tar.rows if row.key in seen]
-        seen.update(row.key for row in tar.rows)
+        marks += tar.byte_order_marks
+        for row, digest in zip(tar.rows, tar.digests, strict=True):
+            here = f"{row.key!r} in {file}"
+            if keys.setdefault(row.key, file) != file:
+                repeated.append(f"{row.key!r} in {keys[row.key]} and {file}")
+            if (first := pictures.setdefault(digest, here)) is not here:
+                copies.append(f"{here} of {first}")
     if repeated:
-        yield f"{len(repeated)} keys occur in more than one tar, such as {repeated[0]!r}"
+        yield f"{len(repeated):,} keys occur in more than one tar, such as {repeated[0]}; each is a sample of its own here"
+    if copies:
+        yield f"{len(copies):,} pictures are copies, byte for byte, of earlier ones, such as {copies[0]}"
+    wrong = sum("not UTF-8" in problem.detail for tar in tars for problem in tar.broken)
+    if wrong:
+        yield f"{wrong:,} samples have captions that are not UTF-8: convert them, and they can be read"
+    if marks:
+        yield f"{marks:,} captions begin with a byte-order mark, which is passed over"
 
 
 def _differences(known: ShardEntry | None, found: ShardEntry) -> Iterator[Problem]:
@@ -192,12 +221,15 @@ def _read_samples(tar: Path, rows: Iterable[Row]) -> list[_Sample]:
     try:
         for row in rows:
             try:
+                row.check_sizes()
                 image, text, fields = (
                     os.pread(file, place[1], place[0]) if place[0] else None for place in (row.image, row.text, row.fields)
                 )
                 captions, _ = parse_captions(text, fields)
-                found.append(_Sample(row.key, tuple(len(caption) for caption in captions), verify(image or b"")))
-            except ValueError as error:
+                size, digest = verify(image or b""), hashlib.blake2b(image or b"", digest_size=16).digest()
+                marked = codecs.BOM_UTF8 in ((text or b"")[:3], (fields or b"")[:3])
+                found.append(_Sample(row.key, tuple(len(caption) for caption in captions), size, digest, marked))
+            except (ValueError, OSError) as error:
                 found.append(_Sample(row.key, problem=str(error)))
     finally:
         os.close(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,12 @@ VERSION = 1
 MANIFEST = "manifest.json"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_FIELDS = ("caption", "captions")
+
+MAX_KEY_BYTES = 1024
+MAX_IMAGE_BYTES = 2**28
+MAX_TEXT_BYTES = 2**24
+MAX_CAPTION_CHARACTERS = 2**14
+"""What is larger is refused before it costs memory or time: an index row holds the whole key, and tokenisers read the whole caption."""
 
 
 def split_member(name: str) -> tuple[str, str] | None:
@@ -35,15 +42,16 @@ def parse_captions(text: bytes | None, fields: bytes | None) -> tuple[tuple[str,
     """The captions and the other fields of a sample, from its `.txt` and `.json` members.
 
     The list `captions` of the JSON comes first; without it, the text is the one caption; without that, `caption` of the JSON.
-    Raises ValueError if a member is not UTF-8, if the JSON is not an object, or if no caption has a visible character.
+    Numbers in the JSON that are not finite (NaN, 1e999) become null. Raises ValueError if a member is not UTF-8, if the JSON is not an
+    object, if a caption is too long or not valid Unicode, or if no caption has a visible character.
     """
     metadata: dict[str, Any] = {}
     if fields is not None:
         try:
-            parsed = json.loads(fields.decode("utf-8-sig"))
+            parsed = json.loads(fields.decode("utf-8-sig"), parse_float=_finite, parse_constant=_finite)
         except UnicodeDecodeError as error:
-            raise ValueError(f"its json is not UTF-8: {error}") from error
-        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"its json is not UTF-8{_encoding(fields)}: {error}") from error
+        except (ValueError, RecursionError) as error:  # plain ValueError: an integer of more than 4,300 digits
             raise ValueError(f"its json cannot be read: {error}") from error
         if not isinstance(parsed, dict):
             raise ValueError(f"its json is a {type(parsed).__name__}, not an object")
@@ -57,7 +65,7 @@ def parse_captions(text: bytes | None, fields: bytes | None) -> tuple[tuple[str,
         try:
             found = [text.decode("utf-8-sig")]
         except UnicodeDecodeError as error:
-            raise ValueError(f"its txt is not UTF-8: {error}") from error
+            raise ValueError(f"its txt is not UTF-8{_encoding(text)}: {error}") from error
     elif isinstance(one, str) or one is None:
         found = [one or ""]
     else:
@@ -65,7 +73,23 @@ def parse_captions(text: bytes | None, fields: bytes | None) -> tuple[tuple[str,
     captions = tuple(caption.strip() for caption in found if caption.strip())
     if not captions:
         raise ValueError("it has no caption")
+    for caption in captions:
+        if len(caption) > MAX_CAPTION_CHARACTERS:
+            raise ValueError(f"a caption has {len(caption):,} characters; at most {MAX_CAPTION_CHARACTERS:,} are read")
+        if any("\ud800" <= character <= "\udfff" for character in caption):
+            raise ValueError("a caption is not valid Unicode: it holds half of a surrogate pair")
     return captions, metadata
+
+
+def _finite(number: str) -> float | None:
+    value = float(number)
+    return value if math.isfinite(value) else None
+
+
+def _encoding(data: bytes) -> str:
+    """What text that is not UTF-8 probably is, to be said in brackets."""
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff")) or 0 in data
+    return f" (it looks like {'UTF-16' if utf16 else 'Latin-1 or Windows-1252'})"
 
 
 def dump_fields(captions: Sequence[str], metadata: Mapping[str, Any]) -> bytes | None:
@@ -76,7 +100,8 @@ def dump_fields(captions: Sequence[str], metadata: Mapping[str, Any]) -> bytes |
     if len(captions) == 1 and not metadata:
         return None
     head = {"captions": list(captions)} if len(captions) > 1 else {"caption": captions[0]}
-    return json.dumps({**head, **metadata}, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    text = json.dumps({**head, **metadata}, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode(errors="backslashreplace")  # half surrogate pairs in metadata become JSON escapes again
 
 
 @dataclass(frozen=True)

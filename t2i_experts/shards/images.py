@@ -139,8 +139,8 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode in ("L", "RGB", "RGBA") and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        return Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
+        values = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8))  # the nearest: no half lies between multiples of 257
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, whose range is unknown; convert it to 8 or 16 bits")
     return image.convert("RGBA" if image.has_transparency_data else "L" if image.mode == "1" else "RGB")

@@ -6,19 +6,31 @@ import dataclasses
 import json
 import struct
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from t2i_experts.shards.format import IMAGE_EXTENSIONS, ShardEntry, Statistics, split_member, write_atomically
+from t2i_experts.shards.format import (
+    IMAGE_EXTENSIONS,
+    MAX_IMAGE_BYTES,
+    MAX_KEY_BYTES,
+    MAX_TEXT_BYTES,
+    ShardEntry,
+    Statistics,
+    split_member,
+    write_atomically,
+)
 
 _SUFFIX = ".index"
 _BLOCK = 512
 _HEADER = "t2i-experts shard index 1"
+_MAX_READ = 2**20
+_MAX_HEADER = 2**26
+_READ = (*IMAGE_EXTENSIONS, "txt", "json")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """The members of one sample as (offset, bytes) in the tar; (0, 0) where there is none."""
 
@@ -26,6 +38,16 @@ class Row:
     image: tuple[int, int]
     text: tuple[int, int]
     fields: tuple[int, int]
+
+    def check_sizes(self) -> None:
+        """Raises ValueError for a member that is too large to be what it says, before anybody reads it."""
+        for kind, (offset, size), most in (
+            ("image", self.image, MAX_IMAGE_BYTES),
+            ("txt", self.text, MAX_TEXT_BYTES),
+            ("json", self.fields, MAX_TEXT_BYTES),
+        ):
+            if offset < 0 or not 0 <= size <= most:
+                raise ValueError(f"its {kind} has {size:,} bytes at {offset:,}; at most {most:,} are read")
 
 
 @dataclass(frozen=True)
@@ -71,7 +93,7 @@ class Scan:
 
 
 def scan(tar: Path) -> Scan:
-    """Walks over the headers of a tar: ustar, GNU or pax.
+    """Walks over the headers of a tar: ustar, GNU or pax. Of each member only name, offset and size stay in memory.
 
     Raises ValueError if it is damaged or compressed, or holds links, devices, absolute paths or `..`.
     """
@@ -80,8 +102,8 @@ def scan(tar: Path) -> Scan:
     unsorted: str | None = None
     last, end = "", 0
     try:
-        with tarfile.open(tar, "r:") as archive:
-            for member in archive:
+        with open(tar, "rb") as file, tarfile.open(fileobj=_Headers(file), mode="r:") as archive:  # type: ignore[call-overload]
+            for member in _members(archive):
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
                 name = split_member(member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
                 if member.isdir():
@@ -91,18 +113,24 @@ def scan(tar: Path) -> Scan:
                 if name is None:
                     continue
                 key, extension = name
+                if len(key.encode()) > MAX_KEY_BYTES or "\0" in key:
+                    wrong[f"{key[:64]}..."] = f"its key holds a zero byte or is longer than {MAX_KEY_BYTES:,} bytes"
+                    continue
                 if key != last and key in samples:
                     unsorted = unsorted or key
                 last = key
                 members = samples.setdefault(key, {})
+                if extension not in _READ:
+                    continue
                 if extension in members:
                     wrong[key] = f"it has two members .{extension}"
                 members[extension] = (member.offset_data, member.size)
         _check_end(tar, end)
-    except (tarfile.TarError, ValueError, OSError, EOFError) as error:
+    except (tarfile.TarError, ValueError, OSError, EOFError, RecursionError) as error:
         raise ValueError(f"{tar}: cannot be read as an uncompressed tar: {error}") from error
     rows = []
-    for key, members in samples.items():
+    while samples:  # taken apart, so that a sample is not in memory twice
+        key, members = samples.popitem()
         images = [members[extension] for extension in IMAGE_EXTENSIONS if extension in members]
         if len(images) != 1:
             wrong.setdefault(key, "it has no image (jpg, png or webp)" if not images else "it has several images")
@@ -112,6 +140,29 @@ def scan(tar: Path) -> Scan:
             rows.append(Row(key, images[0], members.get("txt", (0, 0)), members.get("json", (0, 0))))
     rows.sort(key=lambda row: row.key.encode())
     return Scan(tuple(rows), tuple(sorted(wrong.items())), unsorted)
+
+
+class _Headers:
+    """A file from which tarfile reads headers. An extended header (a long name) may claim any size, and would be read into memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        """Raises ValueError for more than a header can need."""
+        if not 0 <= size <= _MAX_READ:
+            raise ValueError(f"a header claims {size:,} bytes; at most {_MAX_READ:,} are read")
+        return self._file.read(size)
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members one by one; tarfile itself would keep them all. Raises ValueError for a size that would lead it back, without end."""
+    while (member := archive.next()) is not None:
+        archive.members.clear()  # type: ignore[attr-defined]
+        if member.size < 0 or archive.offset < member.offset_data:
+            raise ValueError(f"member {member.name[:64]!r} has the size {member.size}")
+        yield member
 
 
 def _check_end(tar: Path, end: int) -> None:
@@ -148,11 +199,21 @@ def read_index_header(tar: Path) -> dict[str, Any] | None:
     """The first line of a tar's index file, with `offset` (bytes) of its rows; None if there is no such file or it is not ours."""
     try:
         with open(tar.with_suffix(_SUFFIX), "rb") as file:
-            line = file.readline()
+            line = file.readline(_MAX_HEADER)
         head = json.loads(line)
-        return {**head, "offset": len(line)} if head["kind"] == _HEADER else None
+        ours = head["kind"] == _HEADER and type(head["key_bytes"]) is int and 0 < head["key_bytes"] <= MAX_KEY_BYTES
+        return {**head, "offset": len(line)} if ours else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def check_tar(folder: Path, entry: ShardEntry) -> None:
+    """Raises ValueError if the tar is missing or has another size than the manifest says."""
+    tar = folder / entry.file
+    size = tar.stat().st_size if tar.is_file() else None
+    if size != entry.bytes:
+        found = "is missing" if size is None else f"has {size} bytes where the manifest says {entry.bytes}"
+        raise ValueError(f"{tar} {found}: run `t2i-experts shards check {folder}`")
 
 
 def open_index(folder: Path, entry: ShardEntry) -> IndexFile | tuple[Row, ...]:
@@ -160,11 +221,8 @@ def open_index(folder: Path, entry: ShardEntry) -> IndexFile | tuple[Row, ...]:
 
     Raises ValueError if the tar is missing or is not the one that the manifest describes.
     """
+    check_tar(folder, entry)
     tar = folder / entry.file
-    size = tar.stat().st_size if tar.is_file() else None
-    if size != entry.bytes:
-        found = "is missing" if size is None else f"has {size} bytes where the manifest says {entry.bytes}"
-        raise ValueError(f"{tar} {found}: run `t2i-experts shards check {folder}`")
     head = read_index_header(tar)
     if head is not None and head.get("entry") == {**dataclasses.asdict(entry), "skipped": list(entry.skipped)}:
         index = IndexFile(tar.with_suffix(_SUFFIX), head["offset"], head["key_bytes"])

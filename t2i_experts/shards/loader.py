@@ -68,7 +68,7 @@ def open_loader(
 
     Tensors in lists, tuples and dicts are in pinned memory where there is CUDA; another class of batch needs a method `pin_memory`.
     The workers start at once and stop with the iterator. No global random state is touched. ValueError as from `position_batches`
-    and, when its batch is due, for a sample that cannot be read.
+    and, when its batch is due, for a position at which the reader finds nothing to read.
     """
     if workers < 0:
         raise ValueError(f"workers={workers} must not be negative")

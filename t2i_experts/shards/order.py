@@ -55,6 +55,14 @@ class GlobalOrder:
                 todo &= points >= self.samples
         return points.astype(np.int64)
 
+    def substitute(self, position: int, attempt: int) -> int:
+        """The index to read instead at a position when `attempt` samples drawn for it (1 or more) could not be read.
+
+        Drawn evenly from all samples, and like the order itself a pure function of (dataset, seed, position, attempt).
+        """
+        digest = hashlib.blake2b(f"{self._name}/{position}/substitute {attempt}".encode(), digest_size=16).digest()
+        return int.from_bytes(digest, "little") % self.samples
+
     def _encrypt(self, point: _Number, keys: tuple[int, ...]) -> _Number:
         """A permutation of [0, a b): each round adds to one half a keyed hash of the other."""
         left, right = point // self._b, point % self._b

@@ -6,27 +6,50 @@ import bisect
 import hashlib
 import itertools
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from t2i_experts.shards.format import Manifest, ShardEntry, parse_captions
-from t2i_experts.shards.index import IndexFile, Row, open_index
+from t2i_experts.shards.index import IndexFile, Row, check_tar, open_index
 from t2i_experts.shards.order import GlobalOrder, position_rng
 from t2i_experts.shards.transforms import decode_image
 
 _OPEN_FILES = 256
+_ATTEMPTS = 16
+_RETRY_AFTER = (0.1, 1.0)  # seconds
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """What cannot be read, and why. shard: path of its tar. key: the sample's, or None if the tar as a whole cannot be read."""
+
+    shard: str
+    key: str | None
+    why: str
+
+
+class UnreadableSample(ValueError):
+    """A sample that cannot be read; `what` says it in parts."""
+
+    def __init__(self, what: Unreadable) -> None:
+        self.what = what
+        where = what.shard if what.key is None else f"{what.shard}: sample {what.key!r}"
+        remedy = f"`t2i-experts shards check {Path(what.shard).parent} --write-manifest` leaves out what is broken"
+        super().__init__(f"{where}: {what.why}; {remedy}")
 
 
 @dataclass(frozen=True)
 class Sample:
     """position: in the global order (or the index, for `ShardReader.item`). image: (3, size, size) uint8, RGB.
 
-    metadata: the fields of the sample's JSON but for its captions.
+    metadata: the fields of the sample's JSON but for its captions. unreadable: what was drawn before for this position and could not
+    be read; this sample stands in for it.
     """
 
     position: int
@@ -34,6 +57,7 @@ class Sample:
     image: Tensor
     caption: str
     metadata: dict[str, Any]
+    unreadable: tuple[Unreadable, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,10 +77,17 @@ class ShardReader:
     `reader[position]` follows the infinite global order, a pure function of (dataset_hash, seed, position): how many processes and
     workers read it, and where they begin, changes nothing. Files are opened when they are first read, in each process for itself,
     so that a reader can be pickled and forked.
+
+    A sample that cannot be read is replaced by another one, drawn by `GlobalOrder.substitute`, which names it: as long as the files stay
+    as they are, whether broken or not, that too is the same everywhere.
     """
 
     def __init__(self, folders: Sequence[str | Path], *, size: int, seed: int) -> None:
-        """size: pixels of the square images. Raises ValueError for a missing or damaged manifest and if there is no sample."""
+        """size: pixels of the square images.
+
+        Raises ValueError for a missing or damaged manifest, for a tar that is missing or has not the manifest's size, and if there is no
+        sample at all.
+        """
         if isinstance(folders, (str, Path)):
             raise ValueError(f"folders={folders!r} must be a list of folders")
         if size < 1:
@@ -65,29 +96,43 @@ class ShardReader:
         self.seed = seed
         manifests = [(Path(folder), Manifest.load(folder)) for folder in folders]
         self._shards: list[tuple[Path, ShardEntry]] = [(folder, entry) for folder, manifest in manifests for entry in manifest.shards]
+        for folder, entry in self._shards:
+            check_tar(folder, entry)
         self._ends = list(itertools.accumulate(entry.samples for _, entry in self._shards))
         self.samples = self._ends[-1] if self._ends else 0
         if not self.samples:
             raise ValueError(f"no samples in the shard folders {[str(folder) for folder in folders]}")
         self.dataset_hash = hashlib.sha256("\n".join(manifest.hash for _, manifest in manifests).encode()).hexdigest()
         self.order = GlobalOrder(self.samples, self.dataset_hash, seed)
-        self._indices: dict[int, IndexFile | tuple[Row, ...]] = {}
+        self._indices: dict[int, IndexFile | tuple[Row, ...] | Unreadable] = {}
         self._files: OrderedDict[Path, int] = OrderedDict()
 
     def __getitem__(self, position: int) -> Sample:
-        """The sample at a position of the global order, with one of its captions. Raises ValueError for one that cannot be read."""
-        raw = self.raw(self.order[position])
-        several = len(raw.captions) > 1
-        choice = int(position_rng(self.seed, position, "caption").integers(len(raw.captions))) if several else 0
-        return self._sample(position, raw, raw.captions[choice])
+        """The sample at a position of the global order, or its first substitute that can be read, with one of its captions.
+
+        Raises ValueError if sixteen samples in a row cannot be read.
+        """
+        unreadable: list[Unreadable] = []
+        while len(unreadable) < _ATTEMPTS:
+            try:
+                raw = self.raw(self.order.substitute(position, len(unreadable)) if unreadable else self.order[position])
+                several = len(raw.captions) > 1
+                choice = int(position_rng(self.seed, position, "caption").integers(len(raw.captions))) if several else 0
+                return replace(self._sample(position, raw, raw.captions[choice]), unreadable=tuple(unreadable))
+            except UnreadableSample as error:
+                unreadable.append(error.what)
+        raise ValueError(f"{UnreadableSample(unreadable[0])}. Nor can {_ATTEMPTS - 1} others be read that were drawn in its place")
 
     def item(self, index: int) -> Sample:
-        """The sample at an index in [0, samples) of the dataset's own order (folders, tars, keys), with its first caption."""
+        """The sample at an index in [0, samples) of the dataset's own order (folders, tars, keys), with its first caption.
+
+        Raises IndexError, and UnreadableSample for one that cannot be read.
+        """
         raw = self.raw(index)
         return self._sample(index, raw, raw.captions[0])
 
     def raw(self, index: int) -> RawSample:
-        """The sample at an index of the dataset's own order, not decoded. Raises IndexError, and ValueError as above."""
+        """The sample at an index of the dataset's own order, not decoded. Raises as `item` does."""
         if not 0 <= index < self.samples:
             raise IndexError(f"index {index} is not in [0, {self.samples})")
         shard = bisect.bisect_right(self._ends, index)
@@ -95,34 +140,64 @@ class ShardReader:
         tar = folder / entry.file
         row = self._row(shard, index - self._ends[shard] + entry.samples)
         try:
+            row.check_sizes()
             image, text, fields = (self._read(tar, *place) for place in (row.image, row.text, row.fields))
             captions, metadata = parse_captions(text if row.text[0] else None, fields if row.fields[0] else None)
         except (ValueError, OSError) as error:
-            raise self._broken(tar, row.key, error) from error
+            raise UnreadableSample(Unreadable(str(tar), row.key, str(error))) from error
         return RawSample(tar, row.key, image, captions, metadata)
 
     def _sample(self, position: int, raw: RawSample, caption: str) -> Sample:
         try:
             image = decode_image(raw.image, self.size)
         except ValueError as error:
-            raise self._broken(raw.shard, raw.key, error) from error
+            raise UnreadableSample(Unreadable(str(raw.shard), raw.key, str(error))) from error
         return Sample(position, raw.key, image, caption, raw.metadata)
 
-    def _broken(self, tar: Path, key: str, error: Exception) -> ValueError:
-        remedy = f"`t2i-experts shards check {tar.parent} --write-manifest` leaves out what is broken"
-        return ValueError(f"{tar}: sample {key!r}: {error}; {remedy}")
-
     def _row(self, shard: int, i: int) -> Row:
-        """Where sample i of a shard lies, from its index file, or from a scan of the tar that is then kept in memory."""
+        """Where sample i of a shard lies, from its index file, or from a scan of the tar; what a scan finds or misses is kept in memory."""
+        folder, entry = self._shards[shard]
+        for _ in range(2):
+            index = self._index(shard)
+            if isinstance(index, tuple):
+                return index[i]
+            if isinstance(index, Unreadable):
+                raise UnreadableSample(index)
+            try:
+                return index.unpack(self._read(index.path, *index.place(i)))
+            except (ValueError, OSError) as error:
+                del self._indices[shard]  # the index file has been deleted or cut since it was opened: it is found anew
+                broken = _unreadable_tar(folder / entry.file, error)
+        raise UnreadableSample(broken)
+
+    def _index(self, shard: int) -> IndexFile | tuple[Row, ...] | Unreadable:
+        folder, entry = self._shards[shard]
         if shard not in self._indices:
-            self._indices[shard] = open_index(*self._shards[shard])
-        index = self._indices[shard]
-        return index.unpack(self._read(index.path, *index.place(i))) if isinstance(index, IndexFile) else index[i]
+            try:
+                self._indices[shard] = open_index(folder, entry)
+            except OSError as error:
+                return _unreadable_tar(folder / entry.file, error)  # may pass, unlike what a scan misses
+            except ValueError as error:
+                self._indices[shard] = _unreadable_tar(folder / entry.file, error)
+        return self._indices[shard]
 
     def _read(self, path: Path, offset: int, length: int) -> bytes:
-        """Bytes of a file, none at offset 0, where no member lies. The most recently used files stay open."""
+        """Bytes of a file, none at offset 0, where no member lies. A file system that fails is asked again twice."""
         if not offset:
             return b""
+        for seconds in _RETRY_AFTER:
+            try:
+                return self._read_once(path, offset, length)
+            except FileNotFoundError:
+                raise
+            except OSError:
+                if path in self._files:
+                    os.close(self._files.pop(path))
+                time.sleep(seconds)
+        return self._read_once(path, offset, length)
+
+    def _read_once(self, path: Path, offset: int, length: int) -> bytes:
+        """Reads through a file that stays open, as the most recently used ones do."""
         if path in self._files:
             self._files.move_to_end(path)
         else:
@@ -145,3 +220,7 @@ class ShardReader:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_indices": {}, "_files": OrderedDict()}
+
+
+def _unreadable_tar(tar: Path, error: Exception) -> Unreadable:
+    return Unreadable(str(tar), None, str(error).removeprefix(str(tar)).lstrip(": "))

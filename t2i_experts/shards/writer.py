@@ -12,6 +12,8 @@ from typing import Any, BinaryIO
 
 from t2i_experts.shards.format import (
     IMAGE_EXTENSIONS,
+    MAX_CAPTION_CHARACTERS,
+    MAX_KEY_BYTES,
     Manifest,
     ShardEntry,
     Statistics,
@@ -47,19 +49,26 @@ class ShardWriter:
         """Adds a sample: `image` in its file format, as bytes, at least one caption, and fields that JSON can hold.
 
         Raises ValueError for a key that does not follow the last one in the order of UTF-8 bytes or that holds a dot, for an
-        extension that shards do not hold, for an image whose header cannot be read and for a missing or blank caption.
+        extension that shards do not hold, for an image whose header cannot be read, for a missing or blank caption, and for what is so
+        large that no reader would take it.
         """
         if extension not in IMAGE_EXTENSIONS:
             raise ValueError(f"sample {key!r}: extension {extension!r}; allowed: {', '.join(IMAGE_EXTENSIONS)}")
         if split_member(f"{key}.{extension}") != (key, extension) or "\0" in key:
             raise ValueError(f"key {key!r} cannot name a sample: it must be a relative path without dots in its last part")
+        if len(key.encode()) > MAX_KEY_BYTES:
+            raise ValueError(f"key {key[:64]!r}... has {len(key.encode()):,} bytes; at most {MAX_KEY_BYTES:,} are allowed")
         if key.encode() <= self._last_key:
             raise ValueError(f"key {key!r} comes after {self._last_key.decode()!r}: write samples in ascending order of their keys")
         if not captions or not all(caption.strip() for caption in captions):
             raise ValueError(f"sample {key!r}: at least one caption is needed, and none may be blank: {list(captions)!r}")
+        longest = max(len(caption) for caption in captions)
+        if longest > MAX_CAPTION_CHARACTERS:
+            raise ValueError(f"sample {key!r}: a caption has {longest:,} characters; at most {MAX_CAPTION_CHARACTERS:,} are allowed")
         try:
             size = image_size(image)
             text, fields = captions[0].encode(), dump_fields(captions, metadata or {})
+            Row(key, (0, len(image)), (0, len(text)), (0, len(fields or b""))).check_sizes()
         except (ValueError, TypeError) as error:
             raise ValueError(f"sample {key!r}: {error}") from error
         if self._shard is None:

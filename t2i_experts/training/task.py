@@ -15,7 +15,7 @@ from t2i_experts.config import StageConfig
 from t2i_experts.diffusion.loss import EDMLoss
 from t2i_experts.diffusion.noise import LogNormalSigma, sigma_from_uniform
 from t2i_experts.shards.order import position_rng
-from t2i_experts.shards.reader import Sample
+from t2i_experts.shards.reader import Sample, Unreadable
 from t2i_experts.types import Denoiser, Tokens
 
 
@@ -24,7 +24,7 @@ class Batch:
     """Samples side by side, on the CPU.
 
     positions: places in the global order. images: (B, 3, H, W) uint8. uniform: (B,) float64 in [0, 1), the draw behind each row's sigma.
-    drops: encoder name -> (B,) bool, True = this row goes without it.
+    drops: encoder name -> (B,) bool, True = this row goes without it. unreadable: what samples of this batch stand in for.
     """
 
     positions: tuple[int, ...]
@@ -33,6 +33,7 @@ class Batch:
     uniform: Tensor
     tokens: Mapping[str, Tokens]
     drops: Mapping[str, Tensor]
+    unreadable: tuple[Unreadable, ...] = ()
 
     def pin_memory(self) -> Batch:
         """The images in page-locked memory, so that they travel to the GPU in the background (called by torch's DataLoader)."""
@@ -56,6 +57,7 @@ class Collate:
             uniform=self._draws(samples, "sigma"),
             tokens={name: tokens.bare() for name, tokens in self.tokenizer([sample.caption for sample in samples]).items()},
             drops={name: self._draws(samples, f"drop {name}") < rate for name, rate in self.drop_rates.items()},
+            unreadable=tuple(what for sample in samples for what in sample.unreadable),
         )
 
     def _draws(self, samples: Sequence[Sample], purpose: str) -> Tensor:

@@ -2,10 +2,12 @@
 these, the page of `report` and what `trackers` pass on.
 
     start       processes, device, device_name, versions, parameters, samples
-    train       loss, grad_norm, learning_rate, images_per_second, data_wait (share of the time of steps), peak_memory_gib
+    train       loss, grad_norm, learning_rate, images_per_second, data_wait (share of the time of steps), peak_memory_gib,
+                unreadable_draws
     validation  loss, standard_error, images, bins (sigma_lo, sigma_hi, loss, standard_error)
     diverged    keys
     rollback    diverged_at (images), reason, rate_scale
+    unreadable  shard, key (null for a whole tar), why
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from t2i_experts.training.preview import read_preview
 from t2i_experts.training.report import write_report
 from t2i_experts.training.trackers import Trackers
 
-LASTING = ("start", "diverged", "rollback")
+LASTING = ("start", "diverged", "rollback", "unreadable")
 """Events that stay in the log of a run that goes on from before them: what happened, happened."""
 
 
@@ -92,6 +94,18 @@ class RunLog:
         if self._bar is not None:
             self._bar.n = images_seen
             self._bar.refresh()
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """The events of a kind so far, of this run and what it goes on from; none on processes that do not write."""
+        if not self.writes or not self.path.exists():
+            return []
+        found = (json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines())
+        return [event for event in found if event["event"] == kind]
+
+    def warn(self, message: str) -> None:
+        """A line on stderr, above the progress bar if there is one."""
+        if self.writes:
+            tqdm.write(message, file=sys.stderr)
 
     def advance(self, images: int, loss: float | None = None) -> None:
         """Moves the progress bar by `images`."""

@@ -34,6 +34,7 @@ from t2i_experts.training.stopping import StopRequest
 from t2i_experts.training.task import Batch, DiffusionTask
 from t2i_experts.training.trackers import open_trackers, refuse_missing_trackers
 from t2i_experts.training.tracking import RunLog, machine, peak_memory_gib
+from t2i_experts.training.unreadable import UnreadableSamples
 from t2i_experts.training.validation import ValidationLoss, validate
 
 
@@ -83,6 +84,9 @@ class Trainer:
             writes=self.accelerator.is_main_process,
             progress=progress,
             trackers=open_trackers(config, self.state.images_seen) if self.accelerator.is_main_process else None,
+        )
+        self.unreadable = UnreadableSamples(
+            self.accelerator, self.log, images_seen=self.state.images_seen, max_share=config.data.max_unreadable
         )
         self._recent: list[tuple[list[str], Tensor, Tensor]] = []  # keys, losses and gradient norm of each step since the last look
         self._watch = LossWatch(training.divergence_factor)
@@ -177,6 +181,7 @@ class Trainer:
                 micro_losses = self.task.losses(self.model, batch)
                 (micro_losses.mean() / training.accumulation).backward()
             keys.extend(batch.keys)
+            self.unreadable.note(batch.unreadable, drawn=True)
             losses.append(micro_losses.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), training.optimizer.clip_norm or math.inf)
         self.optimizer.step()
@@ -234,6 +239,7 @@ class Trainer:
 
     def _report(self, window: float, waited: float, images: int) -> None:
         """A line in the log and the loss beside the progress bar, over the steps since `window` on the monotonic clock."""
+        self.unreadable.tell(self.state.images_seen)
         self._refuse_divergence()
         means = torch.stack([torch.stack((losses.mean(), norm)) for _, losses, norm in self._recent]).mean(dim=0)
         loss, norm = (self.accelerator.reduce(means, "mean")).tolist()
@@ -249,11 +255,12 @@ class Trainer:
             images_per_second=round(images / seconds, 2),
             data_wait=round(waited / seconds, 4),
             peak_memory_gib=peak_memory_gib(self.device),
+            unreadable_draws=self.unreadable.drawn,
         )
         self._watch.see(loss)
 
-    def _validate(self) -> float:
-        """The loss on the validation shards, the same on all processes."""
+    def _validate(self) -> float | None:
+        """The loss on the validation shards, the same on all processes; None if there is none, because nothing could be read."""
         settings, training = self.config.training.validation, self.config.training
         assert self.validation is not None
         result = validate(
@@ -266,10 +273,13 @@ class Trainer:
             rank=self.rank,
             world_size=self.world_size,
         )
-        losses = self.accelerator.reduce(result.losses.float().to(self.device), "sum").cpu().double()
-        everyone = ValidationLoss(losses, result.edges)
+        self.unreadable.note(result.unreadable, drawn=False)
+        losses, read = (
+            self.accelerator.reduce(part.float().to(self.device), "sum").cpu().double() for part in (result.losses, result.read)
+        )
+        everyone = ValidationLoss(losses, result.edges, read > 0)
         self.log.event("validation", self.state.images_seen, **everyone.summary())
-        return everyone.mean
+        return everyone.mean if math.isfinite(everyone.mean) else None
 
     def _preview(self) -> None:
         if self.accelerator.is_main_process:
@@ -282,6 +292,7 @@ class Trainer:
 
     def _checkpoint(self, validation_loss: float | None) -> None:
         """Saves the state and, beside the checkpoints, the EMA weights as a model folder that generates."""
+        self.unreadable.tell(self.state.images_seen)  # what a checkpoint has passed is never drawn again, and must be in the log
         if self.accelerator.is_main_process:
             self._save_models(self.state.save(self.root, self.config.training.keep_checkpoints, validation_loss))
             self.log.report()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from t2i_experts.diffusion.noise import LogNormalSigma
 from t2i_experts.shards.order import position_rng
-from t2i_experts.shards.reader import ShardReader
+from t2i_experts.shards.reader import Sample, ShardReader, Unreadable, UnreadableSample
 from t2i_experts.training.task import DiffusionTask
 from t2i_experts.types import Denoiser
 
@@ -21,28 +21,33 @@ GOLDEN = 0.6180339887498949
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """losses: (N, bins) float64, EDM's weighted loss of image n at one noise level of bin b. edges: (bins + 1,) sigmas between the bins."""
+    """losses: (N, bins) float64, EDM's weighted loss of image n at one noise level of bin b. edges: (bins + 1,) sigmas between the bins.
+
+    read: (N,) bool, False for images that cannot be read, whose losses are zeros that do not count. unreadable: they and why, by name.
+    """
 
     losses: Tensor
     edges: Tensor
+    read: Tensor
+    unreadable: tuple[Unreadable, ...] = ()
 
     @property
     def mean(self) -> float:
         """Over images and bins: an estimate of the training loss, since the bins are equally probable."""
-        return float(self.losses.mean())
+        return float(self.losses[self.read].mean())
 
     @property
     def standard_error(self) -> float:
         """Of the mean, over images."""
-        return standard_error(self.losses.mean(dim=1))
+        return standard_error(self.losses[self.read].mean(dim=1))
 
     def summary(self) -> dict[str, Any]:
         """As plain values, with the mean and its standard error for each bin."""
         bins = [
             {"sigma_lo": lo, "sigma_hi": hi, "loss": float(column.mean()), "standard_error": standard_error(column)}
-            for lo, hi, column in zip(self.edges[:-1].tolist(), self.edges[1:].tolist(), self.losses.T, strict=True)
+            for lo, hi, column in zip(self.edges[:-1].tolist(), self.edges[1:].tolist(), self.losses[self.read].T, strict=True)
         ]
-        return {"loss": self.mean, "standard_error": self.standard_error, "images": len(self.losses), "bins": bins}
+        return {"loss": self.mean, "standard_error": self.standard_error, "images": int(self.read.sum()), "bins": bins}
 
 
 def standard_error(values: Tensor) -> float:
@@ -74,14 +79,30 @@ def validate(
 
     without: encoders that are dropped; by default the image encoder, as when one samples from a prompt. shuffled: every image gets the
     caption of another one (the seventeenth after it, cyclically) instead of its own. With several processes each computes its share,
-    leaves zeros elsewhere, and the caller sums.
+    leaves zeros (and False in `read`) elsewhere, and the caller sums.
+
+    An image that cannot be read is left out, and nothing takes its place: the others keep their noise, so their losses stay the same.
     """
     count = min(images, reader.samples)
     losses = torch.zeros(count, bins, dtype=torch.float64)
+    read = torch.zeros(count, dtype=torch.bool)
+    unreadable: list[Unreadable] = []
     for start in range(rank * batch_size, count, world_size * batch_size):
-        rows = range(start, min(start + batch_size, count))
-        samples = [reader.item(i) for i in rows]
-        captions = [reader.raw((i + 17) % count).captions[0] for i in rows] if shuffled else [sample.caption for sample in samples]
+        rows: list[int] = []
+        samples: list[Sample] = []
+        captions: list[str] = []
+        for i in range(start, min(start + batch_size, count)):
+            try:
+                sample = reader.item(i)
+                caption = reader.raw((i + 17) % count).captions[0] if shuffled else sample.caption
+            except UnreadableSample as error:
+                unreadable.append(error.what)
+                continue
+            rows.append(i)
+            samples.append(sample)
+            captions.append(caption)
+        if not rows:
+            continue
         pixels = task.images(torch.stack([sample.image for sample in samples]))
         drops = {name: torch.full((len(rows),), name in without) for name in task.stage.encoders}
         conditioning = task.conditioner.encode(task.conditioner.tokenizer(captions), pixels, drops)
@@ -90,9 +111,10 @@ def validate(
         for b in range(bins):
             with task.autocast():
                 column = task.loss(denoiser, pixels, sigmas[:, b], eps, conditioning)
-            losses[start : start + len(rows), b] = column.cpu().double()
+            losses[rows, b] = column.cpu().double()
+        read[rows] = True
     edges = task.noise.icdf(torch.linspace(0, 1, bins + 1, dtype=torch.float64))
-    return ValidationLoss(losses, edges)
+    return ValidationLoss(losses, edges, read, tuple(unreadable))
 
 
 def _noise(index: int, shape: torch.Size) -> Tensor:

@@ -41,7 +41,7 @@ def test_build_check_and_show(photos: Path, tmp_path: Path, capsys: pytest.Captu
     code, stdout, stderr = run(capsys, "shards", "build", photos, "--out", out)
     assert code == 0 and "3 samples with 6 captions in 1 tars" in stdout and "samples/s" in stderr
     code, stdout, stderr = run(capsys, "shards", "check", out)
-    assert code == 0 and "good: 3 samples" in stdout and "samples/s" in stderr
+    assert code == 0 and "good: 3 samples" in stdout and "; hash " in stdout and "samples/s" in stderr
     code, stdout, _ = run(capsys, "shards", "show", out, 2, "--out", tmp_path / "c.jpg")
     assert code == 0 and "caption: 猫 🐈 trip/c" in stdout and "file: trip/c.jpg" in stdout
     assert (tmp_path / "c.jpg").read_bytes() == (photos / "trip/c.jpg").read_bytes()
@@ -117,3 +117,44 @@ def test_show_names_the_range(photos: Path, tmp_path: Path, capsys: pytest.Captu
 def test_help_imports_nothing_heavy() -> None:
     code = "import sys, t2i_experts.cli.shards; print([m for m in ('torch', 'numpy', 'PIL', 'tqdm') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_show_several_as_a_table_and_a_contact_sheet(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "b.json").write_text('{"caption": "\\u001b[31mred\\nand more", "note": "\\ud800"}')
+    (photos / "b.txt").unlink()
+    out, sheet = tmp_path / "data", tmp_path / "sheet.png"
+    run(capsys, "shards", "build", photos, "--out", out)
+    tar = out / "00000.tar"
+    image = (photos / "trip/c.jpg").read_bytes()
+    tar.write_bytes(tar.read_bytes().replace(image, bytes(len(image))))
+    code, stdout, _ = run(capsys, "shards", "show", out, "--num", 10, "--sheet", sheet)
+    lines = stdout.splitlines()
+    assert code == 0 and len(lines) == 4 and "\x1b" not in stdout
+    assert re.match(r"\s+0  a\s+40x30 +[\d,]+ +2  picture a$", lines[1])
+    assert lines[2].endswith(" [31mred and more") and "cannot be read: it is no picture" in lines[3]
+    with Image.open(sheet) as drawn:
+        pixels = np.asarray(drawn.convert("RGB")).astype(int)
+    assert pixels.shape[1] > 3 * 192
+    third = pixels[: pixels.shape[0] // 2, -160:-32]
+    assert third.std() < 1  # the grey square of what cannot be read
+    assert pixels[: pixels.shape[0] // 2, 32:160].std() > 20
+    below = pixels[200:, :192]
+    assert (below < 100).any() and (below > 200).any()  # the caption
+    code, stdout, _ = run(capsys, "shards", "show", out, 1, "--num", 2, "--json")
+    samples = json.loads(stdout)["samples"]
+    assert code == 0 and [sample["index"] for sample in samples] == [1, 2]
+    assert samples[0]["captions"] == ["\x1b[31mred\nand more"] and "no picture" in samples[1]["unreadable"]
+    code, stdout, _ = run(capsys, "shards", "show", out, "--num", 1)
+    assert code == 0 and len(stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--num", "0"], "--num=0"), (["--sheet", "x.jpg"], "must end in .png"), (["--num", "2", "--out", "x.jpg"], "one sample")],
+)
+def test_show_refuses_what_it_would_ignore(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    run(capsys, "shards", "build", photos, "--out", tmp_path / "data")
+    code, stdout, stderr = run(capsys, "shards", "show", tmp_path / "data", *arguments)
+    assert code == 2 and stdout == "" and message in stderr

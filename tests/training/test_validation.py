@@ -11,7 +11,7 @@ from torch import Tensor
 from t2i_experts.conditioning.conditioner import TextConditioner
 from t2i_experts.config import StageConfig
 from t2i_experts.diffusion.noise import LogNormalSigma
-from t2i_experts.shards.reader import ShardReader
+from t2i_experts.shards.reader import RawSample, ShardReader, Unreadable, UnreadableSample
 from t2i_experts.training.task import DiffusionTask
 from t2i_experts.training.validation import fixed_sigmas, standard_error, validate
 from t2i_experts.types import Conditioning
@@ -67,3 +67,27 @@ def test_summary(task: DiffusionTask, reader: ShardReader) -> None:
     assert summary["loss"] == pytest.approx(sum(b["loss"] for b in summary["bins"]) / 4)
     assert [b["sigma_lo"] for b in summary["bins"]][1:] == [b["sigma_hi"] for b in summary["bins"]][:-1]
     assert standard_error(torch.tensor([1.0, 3.0])) == pytest.approx(1.0)
+
+
+def test_an_image_that_cannot_be_read_is_left_out_and_the_others_keep_their_losses(
+    task: DiffusionTask, reader: ShardReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = validate(word_counting, task, reader, images=8, bins=2, batch_size=8)
+    raw = reader.raw
+
+    def failing(index: int) -> RawSample:
+        if index in (2, 3):
+            raise UnreadableSample(Unreadable("x.tar", f"{index}", "gone"))
+        return raw(index)
+
+    monkeypatch.setattr(reader, "raw", failing)
+    for batch_size in (2, 8):  # a batch of which nothing is left, too
+        parts = [validate(word_counting, task, reader, images=8, bins=2, batch_size=batch_size, rank=r, world_size=2) for r in (0, 1)]
+        read = parts[0].read | parts[1].read
+        assert read.tolist() == [True, True, False, False, True, True, True, True]
+        losses = parts[0].losses + parts[1].losses
+        torch.testing.assert_close(losses[read], whole.losses[read], rtol=1e-4, atol=1e-6)
+        assert {what.key for part in parts for what in part.unreadable} == {"2", "3"}
+    part = validate(word_counting, task, reader, images=8, bins=2, batch_size=8)
+    assert part.summary()["images"] == 6
+    assert part.mean == pytest.approx(float(whole.losses[read].mean()), rel=1e-4)
