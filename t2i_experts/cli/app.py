@@ -38,7 +38,7 @@ class LazyCommand:
 COMMANDS: Mapping[str, LazyCommand] = {
     "generate": LazyCommand("t2i_experts.cli.generate:generate", "Draw pictures from a prompt."),
     "train": LazyCommand("t2i_experts.cli.train:train", "Train one node or stage; running the same command again resumes."),
-    "shards": LazyCommand("t2i_experts.cli.shards:app", "Build, check and show training data."),
+    "shards": LazyCommand("t2i_experts.cli.shards:app", "Build, check, show and measure training data."),
 }
 
 
