@@ -68,8 +68,12 @@ def build(
     from t2i_experts.shards.build import BuildOptions, build_shards
 
     options = BuildOptions(samples_per_shard, resize, _workers(workers), kind, where)
-    with _progress("building") as progress:
-        manifest, skipped = build_shards(source, out, images, options, progress)
+    try:
+        with _progress("building") as progress:
+            manifest, skipped = build_shards(source, out, images, options, progress)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on after the last complete tar", err=True)
+        raise
     if as_json:
         reasons = {reason: {"count": count, "first": skipped.first[reason]} for reason, count in skipped.counts.items()}
         typer.echo(json.dumps({"out": str(out), **_plain(manifest), "skipped": reasons}, ensure_ascii=False))
