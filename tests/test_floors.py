@@ -45,6 +45,7 @@ DOORS = {
     "huggingface_hub": ("conditioning", "cascade.model_folder", "training.state"),
     "omegaconf": ("config.files",),
     "open_clip": ("conditioning.clip", "evaluation.features", "evaluation.clip_score"),
+    "pyarrow": ("shards.parquet",),
     "safetensors": ("conditioning", "cascade.model_folder", "training.state"),
     "sentencepiece": ("conditioning.t5",),
     "transformers": ("conditioning.t5", "cascade.interop"),

@@ -28,7 +28,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "train": LazyCommand("t2i_experts.cli.train:train", "Train one node or stage; running the same command again resumes."),
     "report": LazyCommand("t2i_experts.cli.report:report", "Write a page with charts about a training run."),
     "config": LazyCommand("t2i_experts.cli.config:app", "Show, check, compare, list and copy configs."),
-    "shards": LazyCommand("t2i_experts.cli.shards:app", "Build, check and show training data."),
+    "shards": LazyCommand("t2i_experts.cli.shards:app", "Build, check, show and measure training data."),
     "plugins": LazyCommand("t2i_experts.cli.plugins:plugins", "List the plugins, and all parts that are chosen by name."),
 }
 

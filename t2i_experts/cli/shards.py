@@ -1,4 +1,4 @@
-"""`t2i-experts shards`: pictures with captions become shards, and shards are checked and looked at."""
+"""`t2i-experts shards`: pictures with captions become shards, and shards are checked, looked at and measured."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from t2i_experts.shards.check import CheckReport
     from t2i_experts.shards.format import Manifest
     from t2i_experts.shards.reader import RawSample, ShardReader
+    from t2i_experts.shards.stats import ShardStatistics
 
 app = typer.Typer(
     name="shards",
-    help="Training data: build shards from captioned pictures, check them, look at samples.",
+    help="Training data: build shards from captioned pictures, check them, look at samples and statistics.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -35,25 +36,45 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 
 @app.command()
 def build(
-    source: Annotated[Path, typer.Argument(help="A folder with captions beside its images, or a .csv, .tsv, .jsonl or .ndjson file.")],
-    out: Annotated[Path, typer.Option(help="Folder for the shards: new or empty.")],
-    images: Annotated[Path | None, typer.Option(help="Folder of the images that a CSV or JSONL file names; its own if not given.")] = None,
-    resize: Annotated[int | None, typer.Option(help="Shrink larger images to this shorter side, in pixels (Lanczos).")] = None,
+    source: Annotated[
+        Path, typer.Argument(help="A folder of images or tars, or a file: .csv, .tsv, .jsonl, .ndjson, .json (COCO) or .parquet.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the shards: new, empty, or with the same build unfinished.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of the images that a list names; the list's own if not given.")] = None,
+    resize: Annotated[
+        int | None, typer.Option(help="Shrink larger images to this shorter side, in pixels, with the Lanczos filter, antialiased.")
+    ] = None,
+    where: Annotated[
+        str | None, typer.Option(metavar="CONDITION", help="Keep what fulfils it: \"similarity > 0.28 and license in ('cc0', 'cc-by')\".")
+    ] = None,
     samples_per_shard: Annotated[int, typer.Option(help="Samples in one tar.")] = 8192,
-    kind: Annotated[str | None, typer.Option(help="Name of the kind of source, where its path does not tell (plugins).")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="Kind of source where its path does not tell: folder, csv, jsonl, coco, img2dataset, parquet, or a plugin's."),
+    ] = None,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
     """Build shards from captioned pictures.
 
     A folder is searched with its subfolders: IMAGE.txt beside an image holds its captions, one a line; IMAGE.json may hold "caption" or
-    "captions" and other fields. A CSV or JSONL file names "file" and "caption"; several rows of one file are several captions.
+    "captions" and other fields. A CSV, JSONL or Parquet file names "file" and "caption"; several rows of one file are several captions.
+    Parquet may also hold the images, as "image". A COCO captions file has "images" and "annotations". From a folder of tars, such as
+    img2dataset's output or other shards, the samples are read where they lie.
+
+    --where compares the metadata fields (<, <=, >, >=, ==, !=, in, not in; and, or, not); what lacks one of its fields is left out.
+
+    A build that was interrupted goes on after its last complete tar when the same command is repeated.
     """
     from t2i_experts.shards.build import BuildOptions, build_shards
 
-    options = BuildOptions(samples_per_shard, resize, _workers(workers), kind)
-    with _progress("building") as progress:
-        manifest, skipped = build_shards(source, out, images, options, progress)
+    options = BuildOptions(samples_per_shard, resize, _workers(workers), kind, where)
+    try:
+        with _progress("building") as progress:
+            manifest, skipped = build_shards(source, out, images, options, progress)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on after the last complete tar", err=True)
+        raise
     if as_json:
         reasons = {reason: {"count": count, "first": skipped.first[reason]} for reason, count in skipped.counts.items()}
         typer.echo(json.dumps({"out": str(out), **_plain(manifest), "skipped": reasons}, ensure_ascii=False))
@@ -212,26 +233,123 @@ def _json(document: dict[str, Any]) -> str:
     return json.dumps(document, ensure_ascii=False).encode(errors="backslashreplace").decode()
 
 
+@app.command()
+def stats(
+    folder: Annotated[Path, typer.Argument(help="A shard folder.")],
+    sample: Annotated[
+        int, typer.Option(help="Pictures to look at: drawn at random, the same ones each time; all if there are fewer.")
+    ] = 10_000,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the squares that training sees, in pixels; the config's, or 64.", show_default=False)
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="CONFIG", help="A training config: count its text encoders' tokens, and compare its sigma_data.")
+    ] = None,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Show sizes of pictures, lengths of captions, and sigma_data, the standard deviation of the pixels that training supposes.
+
+    The pixels are those of the centre squares, in [-1, 1]. With --config, how many captions each text encoder would cut off.
+    """
+    configured, tokenizers = 0.5, None
+    if config is not None:
+        from t2i_experts.config import load_config
+
+        stage = load_config(config).stage
+        size, configured = stage.size if size is None else size, stage.noise.sigma_data
+
+        from t2i_experts.conditioning.conditioner import PromptTokenizer
+
+        tokenizers = PromptTokenizer.from_config(stage.encoders).tokenizers
+
+    from t2i_experts.shards.stats import TOLERANCE, shard_statistics
+
+    with _progress("reading") as progress:
+        found = shard_statistics(
+            folder,
+            size=64 if size is None else size,
+            sample=sample,
+            workers=_workers(workers),
+            tokenizers=tokenizers,
+            progress=progress,
+        )
+    if as_json:
+        document = {"folder": str(folder), **asdict(found), "configured_sigma_data": configured}
+        typer.echo(json.dumps({**document, "sigma_data_fits": found.misfit(configured) <= TOLERANCE}, ensure_ascii=False))
+        return
+    typer.echo(f"{folder}: {found.samples:,} samples" + (f", of which {found.drawn:,} drawn" if found.drawn < found.samples else ""))
+    typer.echo("\n".join(_quantile_table(found)))
+    typer.echo(
+        f"sigma_data {found.sigma_data:.4f}, mean {found.pixel_mean:+.4f} (pixels in [-1, 1] of the {found.size} x {found.size} squares)"
+    )
+    if found.enlarged:
+        typer.echo(f"{_share(found.enlarged, found.drawn)} pictures are smaller than {found.size} pixels and get enlarged")
+    for name, tokens in found.tokens.items():
+        typer.echo(f"{name}: {_share(tokens.truncated, tokens.tokens.count)} captions are cut off at max_tokens={tokens.max_tokens}")
+    if found.misfit(configured) > TOLERANCE:
+        typer.echo(
+            f"warning: sigma_data={configured:g} is {found.misfit(configured):.0%} off; "
+            f"train with stage.noise.sigma_data={found.sigma_data:.2f}",
+            err=True,
+        )
+
+
+def _quantile_table(found: ShardStatistics) -> Iterator[str]:
+    """Lines: a head, and one for each thing that is measured."""
+    rows = {name: getattr(found, name) for name in ("width", "height", "aspect", "captions", "characters", "words")}
+    rows["shorter side"] = found.shorter_side
+    rows |= {f"{name} tokens": tokens.tokens for name, tokens in found.tokens.items()}
+    first = max(len(name) for name in rows)
+    yield " " * first + "".join(f"{head:>10}" for head in ("mean", "min", "5 %", "25 %", "50 %", "75 %", "95 %", "max"))
+    for name, row in rows.items():
+        values = (row.mean, row.min, row.p05, row.p25, row.p50, row.p75, row.p95, row.max)
+        digits = 2 if name == "aspect" else 1
+        yield f"{name:<{first}}" + "".join(f"{value:>10,.{0 if value == int(value) else digits}f}" for value in values)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} of {whole:,} ({part / whole:.1%})"
+
+
 def _workers(workers: int | None) -> int:
     return workers if workers is not None else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr with a rate and an end time, from the moment at which the number of samples is known."""
+def _progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on stderr with a rate and, from the moment at which the number of samples is known, an end time.
+
+    Until then it counts what is listed. What was done before the first call, by an interrupted run, is not in the rate.
+    """
     from tqdm import tqdm
 
-    with contextlib.ExitStack() as stack:
-        bar: tqdm | None = None
+    bar: tqdm | None = None
 
-        def progress(done: int, total: int) -> None:
-            nonlocal bar
-            if bar is None:
-                bar = stack.enter_context(tqdm(desc=what, unit=" samples", file=sys.stderr, mininterval=0.5, dynamic_ncols=True))
-            bar.total = total
-            bar.update(done - bar.n)
+    def progress(done: int, total: int | None) -> None:
+        nonlocal bar
+        if bar is not None and bar.total is None and total is not None:
+            bar.close()
+            bar = None
+        if bar is None:
+            bar = tqdm(
+                desc="listing" if total is None else what,
+                total=total,
+                initial=0 if total is None else done,
+                leave=total is not None,
+                unit=" samples",
+                file=sys.stderr,
+                mininterval=0.5,
+                dynamic_ncols=True,
+            )
+        bar.total = total
+        bar.update(done - bar.n)
 
+    try:
         yield progress
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def _summary(manifest: Manifest) -> str:

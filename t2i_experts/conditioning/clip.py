@@ -29,6 +29,7 @@ from t2i_experts.types import Embedding, Span, Tokens
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 HUB = "hf-hub:"
+_NOT_CLIP = "encoder model {!r}: only CLIP's causal text tower with byte-pair encoding is supported; clip_image works"
 
 
 class CLIPTokenizer:
@@ -60,6 +61,10 @@ class CLIPTokenizer:
             ids[row, : len(row_ids)] = torch.tensor(row_ids)
             mask[row, : len(row_ids)] = True
         return Tokens.covering(ids, mask, spans, truncated)
+
+    def count(self, prompt: str) -> int:
+        """Tokens that a prompt has before it is cut, its start and end tokens included."""
+        return len(self.bpe.encode(prompt)) + 2
 
     def _encode(self, prompt: str) -> tuple[list[int], list[Span]]:
         """All ids of a prompt, without start and end, and the characters of the prompt that each stands for."""
@@ -150,18 +155,17 @@ def _merges_file(model_config: dict[str, Any]) -> str | None:
     return None if name is None else str(name)
 
 
-def _tokenizer(towers: Towers, model: str) -> SimpleTokenizer:
+def _tokenizer(model_config: dict[str, Any], folder: Path | None, model: str) -> SimpleTokenizer:
     """The tokeniser of the text tower. Raises ValueError if it is not CLIP's, or not the one the network was trained with."""
-    text_config = towers.model_config["text_cfg"]
+    text_config = model_config["text_cfg"]
     unknown = set(text_config.get("tokenizer_kwargs") or {}) - {"bpe_path"}
-    causal = isinstance(towers.text, (CLIP, CustomTextCLIP)) and not text_config.get("no_causal_mask")
-    if text_config.get("hf_tokenizer_name") or text_config.get("embed_cls") or unknown or not causal:
-        raise ValueError(f"encoder model {model!r}: only CLIP's causal text tower with byte-pair encoding is supported; clip_image works")
-    merges = _merges_file(towers.model_config)
-    if merges is not None and towers.source is None:
+    if text_config.get("hf_tokenizer_name") or text_config.get("embed_cls") or unknown or text_config.get("no_causal_mask"):
+        raise ValueError(_NOT_CLIP.format(model))
+    merges = _merges_file(model_config)
+    if merges is not None and folder is None:
         raise ValueError(f"encoder model {model!r}: its own merges file {merges!r} is read from a local folder only; download the model")
     try:
-        tokenizer = SimpleTokenizer() if merges is None else SimpleTokenizer(bpe_path=str(Path(str(towers.source)) / merges))
+        tokenizer = SimpleTokenizer() if merges is None else SimpleTokenizer(bpe_path=str(Path(str(folder)) / merges))
     except (OSError, EOFError) as error:
         raise ValueError(f"encoder model {model!r}: its merges file {merges} cannot be read: {error}") from error
     if tokenizer.vocab_size != text_config["vocab_size"]:
@@ -192,6 +196,18 @@ class CLIPTextEncoder:
             raise ValueError(f"max_tokens={self.max_tokens} is more than the {self._context} positions of this CLIP text tower")
 
     @classmethod
+    def load_tokenizer(cls, config: EncoderConfig, root: Path | None) -> CLIPTokenizer:
+        """The tokeniser alone, from the model's config and without its weights. Raises ValueError if there is no such model."""
+        folder = local_folder(config.model, root)
+        try:
+            model_config = open_clip.get_model_config(config.model if folder is None else f"local-dir:{folder}")
+        except (RuntimeError, OSError, ValueError) as error:
+            raise ValueError(f"encoder model {config.model!r} cannot be loaded by open_clip: {error}") from error
+        if model_config is None:
+            raise ValueError(f"encoder model {config.model!r} is neither a folder nor an architecture that open_clip knows")
+        return CLIPTokenizer(_tokenizer(model_config, folder, config.model), config.max_tokens)
+
+    @classmethod
     def load(
         cls, config: EncoderConfig, root: Path | None, device: torch.device | str, shared: dict[Any, Any] | None = None
     ) -> CLIPTextEncoder:
@@ -200,7 +216,9 @@ class CLIPTextEncoder:
         A local folder may name its own merges file in text_cfg.tokenizer_kwargs.bpe_path, relative to itself.
         """
         towers = Towers.load(config, root, shared)
-        encoder = cls(towers, CLIPTokenizer(_tokenizer(towers, config.model), config.max_tokens))
+        if not isinstance(towers.text, (CLIP, CustomTextCLIP)):
+            raise ValueError(_NOT_CLIP.format(config.model))
+        encoder = cls(towers, CLIPTokenizer(_tokenizer(towers.model_config, towers.source, config.model), config.max_tokens))
         freeze(encoder.model, device, dtype_named(config.dtype, config.model))
         return encoder
 

@@ -25,13 +25,20 @@ from t2i_experts.types import Conditioning, Embedding, Tokens
 class Tokenizer(Protocol):
     """The part of a text encoder that runs beside the data loader: picklable, without weights."""
 
+    max_tokens: int
+
     def tokenize(self, prompts: Sequence[str]) -> Tokens: ...
+
+    def count(self, prompt: str) -> int:
+        """Tokens that a prompt has before it is cut to `max_tokens`, special ones included."""
+        ...
 
 
 class Encoder(Protocol):
     """One frozen encoder, registered under `encoder` by its kind.
 
     reads: what `encode` takes: `Tokens` of its own `tokenizer`, or images (B, 3, H, W) float in [-1, 1] (and `tokenizer` is None).
+    A class that reads text has, besides `load`, `load_tokenizer(config, root)`, which returns the tokeniser without reading weights.
     max_tokens: L of its embeddings; 1 for images. width, pooled_width: D and P (0: no pooled vector).
     model: its weights, frozen; `encode` runs where they are and returns float32.
     """
@@ -61,6 +68,19 @@ class PromptTokenizer:
     """The tokenisers of all text encoders, by encoder name. Picklable, for the workers of a data loader."""
 
     tokenizers: Mapping[str, Tokenizer]
+
+    @classmethod
+    def from_config(cls, encoders: Mapping[str, EncoderConfig], *, root: Path | None = None) -> PromptTokenizer:
+        """Loads the tokenisers of the encoders that read text, and no weights. Raises ValueError as `TextConditioner.from_config`."""
+        loaded: dict[str, Tokenizer] = {}
+        for name, config in encoders.items():
+            try:
+                kind = registry.get("encoder", config.kind)
+                if kind.reads == "text":
+                    loaded[name] = kind.load_tokenizer(config, root)
+            except ValueError as error:
+                raise ValueError(f"encoders.{name}: {error}") from error
+        return cls(loaded)
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tokens]:
         """Tokens of B prompts for each text encoder, on the CPU."""

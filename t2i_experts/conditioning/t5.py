@@ -62,6 +62,10 @@ class T5Tokenizer:
             mask[row, : len(row_ids)] = True
         return Tokens.covering(ids, mask, spans, truncated)
 
+    def count(self, prompt: str) -> int:
+        """Tokens that a prompt has before it is cut, `</s>` included."""
+        return len(self.pieces.encode(_SURROGATES.sub("\ufffd", prompt))) + 1
+
     def _encode(self, prompt: str) -> tuple[list[int], list[Span]]:
         """All ids of a prompt, without `</s>`, and their spans."""
         readable = _SURROGATES.sub("\ufffd", prompt)  # half a surrogate pair has no UTF-8
@@ -100,6 +104,11 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)[:, None, None, :]
 
 
+def _not_loaded(model: str, folder: Path | None, error: OSError) -> ValueError:
+    place = "is not a local folder and cannot be loaded from the hub" if folder is None else "is not a complete T5 folder"
+    return ValueError(f"encoder model {model!r} {place}: {error}")
+
+
 class T5Encoder:
     """A frozen T5 encoder: token features (B, L, D) after its final norm, zero at padding; no pooled vector.
 
@@ -124,34 +133,43 @@ class T5Encoder:
         self._source = source
 
     @classmethod
+    def load_tokenizer(cls, config: EncoderConfig, root: Path | None) -> T5Tokenizer:
+        """Reads spiece.model alone, from a local folder or a hub id. Raises ValueError if it is missing or damaged."""
+        from transformers.utils import cached_file
+
+        folder = local_folder(config.model, root)
+        try:
+            vocabulary = cached_file(config.model if folder is None else str(folder), VOCABULARY)
+        except OSError as error:
+            raise _not_loaded(config.model, folder, error) from error
+        assert vocabulary is not None
+        try:
+            return T5Tokenizer(Path(vocabulary).read_bytes(), config.max_tokens)
+        except ValueError as error:
+            raise ValueError(f"{vocabulary}: {error}") from error
+
+    @classmethod
     def load(cls, config: EncoderConfig, root: Path | None, device: torch.device | str, shared: dict[Any, Any] | None = None) -> T5Encoder:
         """Reads config.json, the weights and spiece.model from a local folder or a hub id (`config.model`).
 
         `shared` is not used: two encoders never want one T5. Raises ValueError if the files are missing or do not fit.
         """
         from transformers import T5EncoderModel
-        from transformers.utils import cached_file
 
         if config.pretrained is not None:
             raise ValueError(f"encoder model {config.model!r}: pretrained={config.pretrained!r} does not apply to T5; leave it out")
         dtype = dtype_named(config.dtype, config.model)
         folder = local_folder(config.model, root)
         source = config.model if folder is None else str(folder)
+        tokenizer = cls.load_tokenizer(config, root)
         try:
-            vocabulary = cached_file(source, VOCABULARY)
             with _no_progress_bar():
                 model, report = T5EncoderModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
         except OSError as error:
-            place = "is not a local folder and cannot be loaded from the hub" if folder is None else "is not a complete T5 folder"
-            raise ValueError(f"encoder model {config.model!r} {place}: {error}") from error
+            raise _not_loaded(config.model, folder, error) from error
         lacking = set(report["missing_keys"]) - {"encoder.embed_tokens.weight"}
         if lacking:
             raise ValueError(f"encoder model {config.model!r} lacks the weights {sorted(lacking)[:3]} ({len(lacking)} in all)")
-        assert vocabulary is not None
-        try:
-            tokenizer = T5Tokenizer(Path(vocabulary).read_bytes(), config.max_tokens)
-        except ValueError as error:
-            raise ValueError(f"{vocabulary}: {error}") from error
         return cls(freeze(model, device, dtype), tokenizer, folder)
 
     def encode(self, tokens: Tokens) -> Embedding:

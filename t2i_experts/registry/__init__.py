@@ -48,6 +48,9 @@ BUILT_IN: Mapping[str, Mapping[str, str] | str] = {
         "folder": "t2i_experts.shards.sources:folder_source",
         "csv": "t2i_experts.shards.sources:csv_source",
         "jsonl": "t2i_experts.shards.sources:jsonl_source",
+        "coco": "t2i_experts.shards.coco:coco_source",
+        "img2dataset": "t2i_experts.shards.tars:img2dataset_source",
+        "parquet": "t2i_experts.shards.parquet:parquet_source",
     },
     "backbone": {
         "unet": "t2i_experts.cascade.stage:build_unet",

@@ -6,21 +6,17 @@ import codecs
 import functools
 import hashlib
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from t2i_experts.shards.format import MANIFEST, Manifest, ShardEntry, Statistics, parse_captions
 from t2i_experts.shards.images import verify
 from t2i_experts.shards.index import Row, save_index, scan
+from t2i_experts.shards.parallel import in_order
 
 _ROWS_A_TASK = 16
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -145,7 +141,7 @@ def _check_tar(path: Path, pool: ThreadPoolExecutor, workers: int, progress: Cal
     pieces = (found.rows[i : i + _ROWS_A_TASK] for i in range(0, len(found.rows), _ROWS_A_TASK))
     samples: list[_Sample] = []
     progress(0, len(found.rows))
-    for piece in _in_order(pool, workers, functools.partial(_read_samples, path), pieces):
+    for piece in in_order(pool, workers, functools.partial(_read_samples, path), pieces):
         samples += piece
         progress(len(samples), len(found.rows))
     good = [sample for sample in samples if sample.problem is None]
@@ -234,14 +230,3 @@ def _read_samples(tar: Path, rows: Iterable[Row]) -> list[_Sample]:
     finally:
         os.close(file)
     return found
-
-
-def _in_order(pool: ThreadPoolExecutor, workers: int, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """The results in order, with only a few tasks waiting at any time."""
-    waiting: deque[Future[Result]] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > 4 * workers:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()

@@ -1,4 +1,4 @@
-"""Where captioned pictures come from before they are shards: a folder, a CSV file or a JSONL file.
+"""Where captioned pictures come from before they are shards: a folder, a CSV file or a JSONL file; others have modules of their own.
 
 A source is a function of (path, base folder of the images or None, `Skipped`) that yields a `Record` for each picture. It reads
 captions only: whether the pictures exist and can be decoded is seen when the shards are built.
@@ -35,26 +35,39 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Record:
-    """A picture that is to become a sample. name: its path as the source gives it, relative where that is so, with `/`."""
+    """A picture that is to become a sample.
+
+    name: its path as the source gives it, relative where that is so, with `/`; no two records of a source share one.
+    file: the file that is the picture, or that holds it. load: returns its bytes where the file holds more than that; several threads
+    may call it at once, and it raises OSError or ValueError.
+    """
 
     name: str
     file: Path
     captions: tuple[str, ...]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    load: Callable[[], bytes] | None = None
+
+    def read(self) -> bytes:
+        """The picture file's bytes. Raises OSError or ValueError."""
+        return self.file.read_bytes() if self.load is None else self.load()
 
 
 Source = Callable[[Path, Path | None, Skipped], Iterator[Record]]
 
+_SUFFIXES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "coco", ".parquet": "parquet"}
+
 
 def source_name(path: Path) -> str:
-    """The registry's name of the source for a path: by what it is, and for a file by its suffix. Raises ValueError."""
+    """The registry's name of the source for a path: by its suffix, and for a folder by what lies in it. Raises ValueError."""
     if path.is_dir():
-        return "folder"
+        suffixes = {file.suffix.lower() for file in path.iterdir() if not file.name.startswith(".")}
+        return "img2dataset" if ".tar" in suffixes else "parquet" if suffixes == {".parquet"} else "folder"
     if not path.is_file():
         raise ValueError(f"source not found: {path}")
-    name = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}.get(path.suffix.lower())
+    name = _SUFFIXES.get(path.suffix.lower())
     if name is None:
-        raise ValueError(f"source {path} has the suffix {path.suffix!r}; allowed: a folder, .csv, .tsv, .jsonl, .ndjson")
+        raise ValueError(f"source {path} has the suffix {path.suffix!r}; allowed: a folder, {', '.join(_SUFFIXES)}")
     return name
 
 
@@ -65,7 +78,7 @@ def folder_source(path: Path, images: Path | None, skipped: Skipped) -> Iterator
     Raises ValueError if `images` is given, because the folder itself holds the images.
     """
     if images is not None:
-        raise ValueError(f"--images {images} has no meaning for a folder, which holds its images itself; it belongs to CSV and JSONL files")
+        raise ValueError(f"--images {images} has no meaning for a folder, which holds its images itself; it belongs to lists, such as CSV")
     for file in _walk(path):
         if file.suffix.lower().lstrip(".") not in SOURCE_EXTENSIONS:
             continue
@@ -110,7 +123,7 @@ def csv_source(path: Path, images: Path | None, skipped: Skipped) -> Iterator[Re
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path} is not UTF-8 (after line {reader.line_num}): {error}; save it as UTF-8") from error
 
-    yield from _grouped(rows(), images or path.parent)
+    yield from grouped(rows(), images or path.parent)
 
 
 def jsonl_source(path: Path, images: Path | None, skipped: Skipped) -> Iterator[Record]:
@@ -125,20 +138,20 @@ def jsonl_source(path: Path, images: Path | None, skipped: Skipped) -> Iterator[
                 if not line.strip():
                     continue
                 try:
-                    row = _json_object(line)
+                    row = json_object(line)
                     if not isinstance(row.get("file"), str) or not row["file"].strip():
                         raise ValueError(f"field `file` missing or not a string; its fields are: {', '.join(row)}")
                     if not any(name in row for name in CAPTION_FIELDS):
                         raise ValueError(f"field `caption` or `captions` missing; its fields are: {', '.join(row)}")
-                    name, captions = row.pop("file"), _pop_captions(row)
+                    name, captions = row.pop("file"), pop_captions(row)
                 except ValueError as error:
                     raise ValueError(f"{path}, line {number}: {error}") from error
                 yield name, captions, row
 
-    yield from _grouped(rows(), images or path.parent)
+    yield from grouped(rows(), images or path.parent)
 
 
-def _grouped(rows: Iterable[tuple[str, list[str], dict[str, Any]]], base: Path) -> Iterator[Record]:
+def grouped(rows: Iterable[tuple[str, list[str], dict[str, Any]]], base: Path) -> Iterator[Record]:
     """One record a file, in the order in which the files first occur."""
     captions: dict[str, list[str]] = {}
     metadata: dict[str, dict[str, Any]] = {}
@@ -167,14 +180,14 @@ def _sidecars(image: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
     metadata: dict[str, Any] = {}
     fields, text = image.with_suffix(".json"), image.with_suffix(".txt")
     if fields.is_file():
-        metadata = _json_object(fields.read_bytes())
-        captions += _pop_captions(metadata)
+        metadata = json_object(fields.read_bytes())
+        captions += pop_captions(metadata)
     if text.is_file():
         captions += text.read_bytes().decode("utf-8-sig").splitlines()
     return tuple(dict.fromkeys(caption.strip() for caption in captions)), metadata
 
 
-def _json_object(data: bytes) -> dict[str, Any]:
+def json_object(data: bytes) -> dict[str, Any]:
     """Strict JSON: UTF-8, an object, no NaN."""
 
     def refuse(constant: str) -> NoReturn:
@@ -191,7 +204,7 @@ def _json_object(data: bytes) -> dict[str, Any]:
     return value
 
 
-def _pop_captions(fields: dict[str, Any]) -> list[str]:
+def pop_captions(fields: dict[str, Any]) -> list[str]:
     """Takes `caption` and `captions` out of an object; either may be absent or null."""
     one, several = (fields.pop(name, None) for name in CAPTION_FIELDS)
     captions = ([] if one is None else [one]) + (several if isinstance(several, list) else [] if several is None else [several])

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from t2i_experts.cli.app import main
+from t2i_experts.cli.shards import _progress
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -98,6 +100,10 @@ def test_a_failed_check_exits_with_1(photos: Path, tmp_path: Path, capsys: pytes
         (["check", "{tmp}/none"], "not found"),
         (["check", "{photos}"], "holds no tars"),
         (["show", "{photos}"], "shards build"),
+        (["stats", "{photos}"], "shards build"),
+        (["stats", "{photos}", "--config", "{tmp}/none.yaml"], "config file not found"),
+        (["build", "{photos}", "--out", "{tmp}/x", "--where", "score > "], "invalid syntax"),
+        (["build", "{photos}", "--out", "{tmp}/x", "--where", "score > 5"], "IMAGE.json"),
     ],
 )
 def test_mistakes_exit_with_2_and_one_message(
@@ -158,3 +164,55 @@ def test_show_refuses_what_it_would_ignore(
     run(capsys, "shards", "build", photos, "--out", tmp_path / "data")
     code, stdout, stderr = run(capsys, "shards", "show", tmp_path / "data", *arguments)
     assert code == 2 and stdout == "" and message in stderr
+
+
+def test_where_keeps_what_is_wanted_and_points_at_mistakes(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "list.csv").write_text("file,caption,score\na.jpg,one,0.9\nb.jpg,two,10\ntrip/c.jpg,three,\n")
+    arguments = ["shards", "build", tmp_path / "list.csv", "--images", photos, "--out", tmp_path / "data"]
+    code, stdout, stderr = run(capsys, *arguments, "--where", "scor > 5")
+    assert code == 2 and not stdout and "the fields are: score\n  scor > 5\n  ^^^^\n" in stderr and not (tmp_path / "data").exists()
+    code, stdout, stderr = run(capsys, *arguments, "--where", "score > 5", "--json")
+    document = json.loads(stdout)
+    assert code == 0 and document["samples"] == 1
+    assert document["skipped"]["left out by --where"] == {"count": 1, "first": ["a.jpg"]}
+    assert document["skipped"]["--where: no value of score"] == {"count": 1, "first": ["trip/c.jpg"]}
+
+
+def test_stats(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], write_config: Callable[[str], Path]) -> None:
+    run(capsys, "shards", "build", photos, "--out", tmp_path / "data")
+    code, stdout, _ = run(capsys, "shards", "stats", tmp_path / "data", "--sample", 2)
+    assert code == 0 and "3 samples, of which 2 drawn" in stdout and "sigma_data 0." in stdout
+    assert "2 of 2 (100.0%) pictures are smaller than 64 pixels" in stdout
+    code, stdout, _ = run(capsys, "shards", "stats", tmp_path / "data", "--config", write_config("run"), "--json")
+    document = json.loads(stdout)
+    assert code == 0 and document["size"] == 16 and document["configured_sigma_data"] == 0.5
+    assert set(document["tokens"]) == {"t5", "clip_text"} and document["tokens"]["t5"]["tokens"]["count"] == 6
+    code, stdout, _ = run(capsys, "shards", "stats", tmp_path / "data", "--config", write_config("run"), "--size", 8)
+    assert code == 0 and "clip_text tokens" in stdout and "captions are cut off at max_tokens=24" in stdout and "8 x 8" in stdout
+
+
+@pytest.mark.parametrize(("grey", "warned"), [(64, True), (0, True), (127, False)])
+def test_stats_warns_where_sigma_data_is_far_off(tmp_path: Path, capsys: pytest.CaptureFixture[str], grey: int, warned: bool) -> None:
+    """Halves of grey and white or black: a standard deviation of 0.75, 1 and 0.5."""
+    (tmp_path / "photos").mkdir()
+    pixels = np.full((64, 64, 3), 255 if grey < 127 else 0, dtype=np.uint8)
+    pixels[:32] = grey
+    Image.fromarray(pixels).save(tmp_path / "photos" / "a.png")
+    (tmp_path / "photos" / "a.txt").write_text("grey")
+    run(capsys, "shards", "build", tmp_path / "photos", "--out", tmp_path / "data")
+    code, stdout, stderr = run(capsys, "shards", "stats", tmp_path / "data")
+    expected = f"sigma_data {abs(float(pixels[0, 0, 0]) - float(pixels[63, 0, 0])) / 255:.4f}"
+    assert code == 0 and expected in stdout and ("warning: sigma_data=0.5 is" in stderr) == warned
+
+
+def test_the_bar_counts_what_this_run_does(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its rate begins where the interrupted build stopped, and listing has a bar of its own."""
+    with _progress("building") as progress:
+        for i in range(1, 6):
+            progress(i, None)
+        progress(3, 5)
+        before = capsys.readouterr().err
+        progress(5, 5)
+    after = capsys.readouterr().err
+    assert before.startswith("\rlisting: ") and re.search(r"building:  60%.* 3/5 \[00:00<\?, \? samples/s\]$", before)
+    assert re.search(r"building: 100%.* 5/5 ", after) and "listing" not in after

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from t2i_experts.conditioning.conditioner import TextConditioner
+from t2i_experts.conditioning.conditioner import PromptTokenizer, TextConditioner
 from t2i_experts.conditioning.frozen import local_folder
 from t2i_experts.config import EncoderConfig
 from t2i_experts.types import Conditioning, Embedding
@@ -105,6 +105,33 @@ def test_the_tokeniser_has_no_weights_and_travels(conditioner: TextConditioner) 
     copy, here = pickle.loads(data)(PROMPTS), conditioner.tokenizer(PROMPTS)
     assert list(copy) == ["t5", "clip_text"]
     assert all(torch.equal(copy[name].ids, here[name].ids) and copy[name].spans == here[name].spans for name in here)
+
+
+def test_the_tokeniser_loads_without_weights(
+    conditioner: TextConditioner,
+    configs: dict[str, EncoderConfig],
+    t5_folder: Path,
+    clip_folder: Path,
+    tmp_path: Path,
+    nasty_prompts: list[str],
+) -> None:
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "clip").mkdir()
+    shutil.copy(t5_folder / "spiece.model", tmp_path / "t5")
+    for file in ("open_clip_config.json", "merges.txt.gz"):
+        shutil.copy(clip_folder / file, tmp_path / "clip")
+    bare = {name: replace(config, model=config.kind.split("_")[0]) for name, config in configs.items()}
+    loaded = PromptTokenizer.from_config(bare, root=tmp_path)
+    whole = conditioner.tokenizer
+    assert list(loaded.tokenizers) == list(whole.tokenizers)
+    for name, tokens in loaded(nasty_prompts).items():
+        assert torch.equal(tokens.ids, whole(nasty_prompts)[name].ids)
+        for prompt, length, truncated in zip(nasty_prompts, tokens.mask.sum(dim=1).tolist(), tokens.truncated, strict=True):
+            count, most = loaded.tokenizers[name].count(prompt), loaded.tokenizers[name].max_tokens
+            assert min(count, most) == length and (count > most or truncated is None)
+    text = next(name for name, config in configs.items() if config.kind == "t5")
+    with pytest.raises(ValueError, match=f"encoders.{text}: encoder model .* is not a folder"):
+        PromptTokenizer.from_config({text: replace(configs[text], model="./absent")})
 
 
 def test_wrong_inputs_name_what_is_wrong(conditioner: TextConditioner, images: torch.Tensor) -> None:

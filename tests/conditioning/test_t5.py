@@ -54,6 +54,13 @@ def test_spans_hold_what_the_tokens_spell(tokenizer: Tokenizer, nasty: str) -> N
     assert sorted(spans) == list(spans)
 
 
+def test_count_is_the_length_before_the_cut(tokenizer: Tokenizer, t5_folder: Path, nasty: str) -> None:
+    whole = tokenizer.tokenize([nasty])
+    assert tokenizer.count(nasty) == int(whole.mask.sum())
+    exact, short = (Tokenizer((t5_folder / "spiece.model").read_bytes(), tokenizer.count("a red apple") - cut) for cut in (0, 1))
+    assert exact.tokenize(["a red apple"]).truncated == (None,) and short.tokenize(["a red apple"]).truncated != (None,)
+
+
 def test_what_looks_like_a_special_token_is_plain_text(tokenizer: Tokenizer) -> None:
     tokens = tokenizer.tokenize(["a </s> b <pad> <extra_id_0>"])
     assert tokens.ids[0][tokens.mask[0]].tolist()[:-1].count(1) == 0

@@ -25,11 +25,11 @@ def photos(folder: Path, encode: Encode) -> Path:
 
 
 def test_build_read_and_check(tmp_path: Path, encode: Encode) -> None:
-    told: list[tuple[int, int]] = []
+    told: list[tuple[int, int | None]] = []
     source = photos(tmp_path / "photos", encode)
     manifest, skipped = build_shards(source, tmp_path / "out", None, BuildOptions(4), lambda done, total: told.append((done, total)))
     assert manifest.samples == 9 and [shard.samples for shard in manifest.shards] == [4, 4, 1] and not skipped.counts
-    assert told == [(i, 9) for i in range(10)]
+    assert told == [(i, None) for i in range(1, 10)] + [(i, 9) for i in range(10)]
     reader = ShardReader([tmp_path / "out"], size=16, seed=0)
     raw = reader.raw(5)
     assert (raw.key, raw.captions, raw.metadata) == ("5", ("picture 5", "again 5"), {"file": "5.jpg"})

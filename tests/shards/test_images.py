@@ -176,3 +176,35 @@ def test_floating_point_pictures_are_refused_with_a_reason() -> None:
     data = saved(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF")
     with pytest.raises(ValueError, match="floating-point"):
         prepare(data)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("side", [None, 16])
+def test_an_animation_shows_its_first_frame(kind: str, side: int | None) -> None:
+    frames = [Image.new("RGB", (40, 30), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    stored, _ = prepare(saved(frames[0], kind, save_all=True, append_images=frames[1:]), side)
+    assert np.abs(pixels(stored, 16) - (255, 0, 0)).max() <= 3
+
+
+@pytest.mark.parametrize("side", [None, 16])
+def test_other_colour_models_become_right(encode: Encode, side: int | None) -> None:
+    """CMYK, sixteen bits, transparency and TIFF's own orientation, through `prepare` and `square`, against the plain picture."""
+    plain = Image.open(io.BytesIO(encode(9, (60, 40)))).convert("RGB")
+    grey = np.asarray(plain.convert("L"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    half = plain.convert("RGBA")
+    half.putalpha(128)
+    white = Image.blend(plain, Image.new("RGB", plain.size, "white"), 127 / 255)
+    for data, expected in (
+        (saved(plain.convert("CMYK"), "TIFF"), plain),
+        (saved(plain.convert("CMYK"), "JPEG", quality=100), plain),
+        (saved(Image.fromarray(grey.astype(np.uint16) * 257)), Image.fromarray(grey)),
+        (saved(Image.fromarray(grey.astype(np.uint16) * 257), "TIFF"), Image.fromarray(grey)),
+        (saved(plain.convert("LA")), Image.fromarray(grey)),
+        (saved(half), white),
+        (saved(half, "TIFF"), white),
+        (saved(plain, "TIFF", exif=exif), plain.transpose(Image.Transpose.ROTATE_270)),
+    ):
+        stored, _ = prepare(data, side)
+        assert np.abs(pixels(stored, 16) - pixels(saved(expected), 16)).mean() < 2

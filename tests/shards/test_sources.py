@@ -112,7 +112,8 @@ def test_jsonl_errors_name_the_line(tmp_path: Path, line: str | bytes, message: 
 
 
 def test_the_source_follows_from_the_path(tmp_path: Path) -> None:
-    for name in ("a.csv", "a.TSV", "a.jsonl", "a.ndjson", "a.parquet"):
+    for name in ("a.csv", "a.TSV", "a.jsonl", "a.ndjson", "a.json", "a.parquet", "a.xml", "tars/0.tar", "tars/0.parquet", "t/0.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert [source_name(tmp_path / name) for name in (".", "a.csv", "a.TSV", "a.jsonl", "a.ndjson")] == [
         "folder",
@@ -121,7 +122,8 @@ def test_the_source_follows_from_the_path(tmp_path: Path) -> None:
         "jsonl",
         "jsonl",
     ]
-    with pytest.raises(ValueError, match=r"'.parquet'; allowed"):
-        source_name(tmp_path / "a.parquet")
+    assert [source_name(tmp_path / name) for name in ("a.json", "a.parquet", "tars", "t")] == ["coco", "parquet", "img2dataset", "parquet"]
+    with pytest.raises(ValueError, match=r"'.xml'; allowed"):
+        source_name(tmp_path / "a.xml")
     with pytest.raises(ValueError, match="not found"):
         source_name(tmp_path / "none")
