@@ -22,8 +22,11 @@ Progress = Callable[[int, int, Tensor], None]
 """Called after each step with (steps done, steps in all, the denoised images of that step)."""
 
 
-def build_network(config: StageConfig) -> EDMPrecond:
-    """The stage's network, preconditioned, with fresh weights on torch's default device, in channels-last memory."""
+def build_network(config: StageConfig, *, checkpointed_resolutions: int = 0) -> EDMPrecond:
+    """The stage's network, preconditioned, with fresh weights on torch's default device, in channels-last memory.
+
+    checkpointed_resolutions: so many, from the finest downwards, are computed again in the backward pass; see `UNet`.
+    """
     network = config.network
     unet = UNet(
         network.resolutions,
@@ -35,6 +38,7 @@ def build_network(config: StageConfig) -> EDMPrecond:
         context_channels=network.context_channels,
         head_channels=network.head_channels,
         dropout=network.dropout,
+        checkpointed_resolutions=checkpointed_resolutions,
     )
     return EDMPrecond(unet, config.noise.sigma_data).to(memory_format=torch.channels_last)
 
