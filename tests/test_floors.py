@@ -44,7 +44,7 @@ DOORS = {
     "huggingface_hub": ("conditioning", "cascade.model_folder", "training.state"),
     "omegaconf": ("config.files",),
     "open_clip": ("conditioning.clip", "evaluation.features", "evaluation.clip_score"),
-    "safetensors": ("conditioning", "cascade.model_folder", "training.state"),
+    "safetensors": ("conditioning", "cascade.model_folder", "training.state", "training.posthoc"),
     "sentencepiece": ("conditioning.t5",),
     "transformers": ("conditioning.t5", "cascade.interop"),
     "typer": ("cli",),

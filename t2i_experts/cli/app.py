@@ -38,6 +38,7 @@ class LazyCommand:
 COMMANDS: Mapping[str, LazyCommand] = {
     "generate": LazyCommand("t2i_experts.cli.generate:generate", "Draw pictures from a prompt."),
     "train": LazyCommand("t2i_experts.cli.train:train", "Train one node or stage; running the same command again resumes."),
+    "ema": LazyCommand("t2i_experts.cli.ema:ema", "Average the weights of a finished run over another width."),
     "shards": LazyCommand("t2i_experts.cli.shards:app", "Build, check and show training data."),
 }
 

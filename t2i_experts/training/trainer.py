@@ -23,13 +23,16 @@ from t2i_experts.config import RunConfig, to_plain, to_yaml
 from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.shards.loader import open_loader
 from t2i_experts.shards.reader import ShardReader
-from t2i_experts.training.ema import EMA
+from t2i_experts.training.ema import build_ema
 from t2i_experts.training.optim import build_optimizer, learning_rate
+from t2i_experts.training.posthoc import drop_later_snapshots, write_snapshots
+from t2i_experts.training.power_ema import PowerFunctionEMA
 from t2i_experts.training.preview import draw_preview
 from t2i_experts.training.processes import agreed_checkpoint, open_processes
 from t2i_experts.training.state import TrainState, lock_run, refuse_changed_config
 from t2i_experts.training.task import Batch, DiffusionTask
 from t2i_experts.training.tracking import RunLog
+from t2i_experts.training.uncertainty import LearnedWeighting
 from t2i_experts.training.validation import ValidationLoss, validate
 
 
@@ -65,11 +68,14 @@ class Trainer:
             self._lock = lock_run(self.root)  # not before: a mistake in the config leaves no folder behind
         self.resumed_from = agreed_checkpoint(self.root)
         torch.manual_seed(training.seed)
-        self.network: EDMPrecond = build_network(config.stage).to(self.device)
-        self.ema = EMA(self.network, training.ema.halflife_kimg, training.ema.rampup)
+        network = build_network(config.stage, checkpointed_resolutions=training.gradient_checkpointing)
+        self.network: EDMPrecond = network.to(self.device)
+        self.ema = build_ema(self.network, training.ema)
         self.optimizer = build_optimizer(self.network, training.optimizer)
+        self.weighting = LearnedWeighting(training.optimizer, self.device) if training.uncertainty_weighting else None
         encoders = {name: conditioner.fingerprint(name) for name in conditioner.names}
-        self.state = TrainState(self.network, self.ema, self.optimizer, 0, self.reader.dataset_hash, encoders, to_plain(config))
+        dataset = self.reader.dataset_hash
+        self.state = TrainState(self.network, self.ema, self.optimizer, 0, dataset, encoders, to_plain(config), self.weighting)
         if self.resumed_from is not None:
             self.state.restore(self.resumed_from)
         if training.compile:
@@ -89,6 +95,7 @@ class Trainer:
         training, started = self.config.training, time.monotonic()
         if self.accelerator.is_main_process:
             (self.root / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            drop_later_snapshots(self.root, self.state.images_seen)
             if self.resumed_from is not None:
                 self._save_model()  # a kill may have come between the checkpoint and its model folder
         self.log.event("start", self.state.images_seen, processes=self.world_size, device=str(self.device), **self.sizes())
@@ -147,12 +154,15 @@ class Trainer:
             last = micro == training.accumulation - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 micro_losses = self.task.losses(self.model, batch)
-                (micro_losses.mean() / training.accumulation).backward()
+                objective = self.weighting.objective(micro_losses, self.task.sigmas(batch)) if self.weighting else micro_losses
+                (objective.mean() / training.accumulation).backward()
             keys.extend(batch.keys)
             losses.append(micro_losses.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), training.optimizer.clip_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.weighting:
+            self.weighting.step(rate, lambda gradient: self.accelerator.reduce(gradient, "mean"))
         self.state.images_seen += training.batch_size
         self.ema.update(self.network, training.batch_size, self.state.images_seen)
         self._recent.append((keys, torch.cat(losses), norm))
@@ -164,17 +174,18 @@ class Trainer:
         return bool(every) and (seen // every > before // every or seen >= self.config.training.images)
 
     def _tend(self, before: int, *, last: bool) -> float:
-        """Validation, preview and checkpoint, each when it is due; never on weights that have diverged. Returns the seconds it took."""
+        """Validation, preview, snapshot and checkpoint, each when it is due; never on diverged weights. Returns the seconds it took."""
         training, started = self.config.training, time.monotonic()
         due = [
             self._due(before, training.validation.every_images) and self.validation is not None,
             self._due(before, training.preview.every_images) and bool(training.preview.prompts),
+            self._due(before, training.ema.snapshot_every_images),
             self._due(before, training.checkpoint_every_images) or last,
         ]
         if not any(due):
             return 0.0
         self._refuse_divergence()
-        for wanted, action in zip(due, (self._validate, self._preview, self._checkpoint), strict=True):
+        for wanted, action in zip(due, (self._validate, self._preview, self._snapshot, self._checkpoint), strict=True):
             if wanted:
                 action()
         return time.monotonic() - started
@@ -242,6 +253,13 @@ class Trainer:
                 draw_preview(stage, self.task.conditioner, self.config.training.preview, self.device, path)
         self.accelerator.wait_for_everyone()
 
+    def _snapshot(self) -> None:
+        """Before the checkpoint: a run that goes on from it finds all earlier snapshots there."""
+        if self.accelerator.is_main_process:
+            assert isinstance(self.ema, PowerFunctionEMA)
+            write_snapshots(self.root, self.state.images_seen, self.ema)
+        self.accelerator.wait_for_everyone()
+
     def _checkpoint(self) -> None:
         """Saves the state and, beside the checkpoints, the EMA weights as a model folder that generates."""
         if self.accelerator.is_main_process:
@@ -260,6 +278,7 @@ class Trainer:
                 "images_seen": self.state.images_seen,
                 "dataset_hash": self.state.dataset_hash,
                 "encoders": dict(self.state.encoders),
+                "ema": to_plain(self.config.training.ema),
             },
         )
 
