@@ -299,6 +299,18 @@ def test_an_empty_file_misses_what_has_no_default(base: Path) -> None:
         ),
         ("training.optimizer.warmup_images=-1", "training.optimizer.warmup_images=-1 must be finite and not negative"),
         ("training.optimizer.beta2=1", "training.optimizer.beta2=1.0 must lie in [0, 1)"),
+        (
+            "training.ema.snapshot_every_images=8",
+            "training.ema.snapshot_every_images=8 needs training.ema.kind=power; received kind=halflife",
+        ),
+        ("training.ema.sigma_rel=[0.1]", "training.ema.sigma_rel=[0.1] needs training.ema.kind=power"),
+        *(
+            (f"training.ema={{kind: power, sigma_rel: {widths}}}", f"training.ema.sigma_rel={widths} must be one or more different widths")
+            for widths in ("[]", "[0.0]", "[0.1, 0.29]", "[0.1, 0.1]", "[nan]")
+        ),
+        ("training.ema={kind: power, snapshot_every_images: -1}", "training.ema.snapshot_every_images=-1 must be finite and not negative"),
+        ("training.gradient_checkpointing=-1", "training.gradient_checkpointing=-1 must be finite and not negative"),
+        ("training.gradient_checkpointing=3", "training.gradient_checkpointing=3: the network has 2 resolutions"),
         ("training.ema.halflife_kimg=0", "training.ema.halflife_kimg=0.0 must be positive"),
         ("data.workers=-1", "data.workers=-1 must be finite and not negative"),
         ("training.device=gpu", "training.device='gpu'; allowed: cpu, or null"),
@@ -325,6 +337,8 @@ def test_rules_between_values(base: Path, override: str, said: str) -> None:
         "training.optimizer.clip_norm=0",
         "training.optimizer.learning_rate=0",
         "training.ema.rampup=0",
+        "training.ema={kind: power, sigma_rel: [0.28], snapshot_every_images: 0}",
+        "training.gradient_checkpointing=2",
         "training.preview.prompts=[a]",
         "data.validation=v",
         "stage.name=base-64_b",

@@ -46,7 +46,7 @@ DOORS = {
     "omegaconf": ("config.files",),
     "open_clip": ("conditioning.clip", "evaluation.features", "evaluation.clip_score"),
     "pyarrow": ("shards.parquet",),
-    "safetensors": ("conditioning", "cascade.model_folder", "training.state"),
+    "safetensors": ("conditioning", "cascade.model_folder", "training.state", "training.posthoc"),
     "sentencepiece": ("conditioning.t5",),
     "transformers": ("conditioning.t5", "cascade.interop"),
     "typer": ("cli",),

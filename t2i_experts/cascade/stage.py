@@ -23,14 +23,16 @@ Progress = Callable[[int, int, Tensor], None]
 """Called after each step with (steps done, steps in all, the denoised images of that step)."""
 
 
-def build_network(config: StageConfig) -> EDMPrecond:
+def build_network(config: StageConfig, *, checkpointed_resolutions: int = 0) -> EDMPrecond:
     """The stage's network, preconditioned, with fresh weights on torch's default device, in channels-last memory.
 
     Its backbone is the registry's: a function of the stage and the numbers of channels that gives a `Network` (an `nn.Module`), as
-    `build_unet`. Raises ValueError if there is none of that name, TypeError for a network that could be neither trained nor saved.
+    `build_unet`. checkpointed_resolutions: the U-Net's alone, so many, from the finest downwards, are computed again in the backward
+    pass; see `UNet`. Raises ValueError if there is none of that name, TypeError for a network that could be neither trained nor saved.
     """
     backbone = config.network.backbone
-    network: Any = registry.get("backbone", backbone)(config, in_channels=IMAGE_CHANNELS, out_channels=IMAGE_CHANNELS)
+    more = {"checkpointed_resolutions": checkpointed_resolutions} if checkpointed_resolutions else {}
+    network: Any = registry.get("backbone", backbone)(config, in_channels=IMAGE_CHANNELS, out_channels=IMAGE_CHANNELS, **more)
     if not isinstance(network, nn.Module) or not callable(getattr(network, "project", None)):
         raise TypeError(f"the backbone {backbone!r} gave {type(network).__name__}; it must give a torch.nn.Module with a method project")
     unsaved = {name for name, _ in network.named_buffers()} - set(network.state_dict())
@@ -39,7 +41,7 @@ def build_network(config: StageConfig) -> EDMPrecond:
     return EDMPrecond(cast(Network, network), config.noise.sigma_data).to(memory_format=torch.channels_last)
 
 
-def build_unet(config: StageConfig, *, in_channels: int, out_channels: int) -> UNet:
+def build_unet(config: StageConfig, *, in_channels: int, out_channels: int, checkpointed_resolutions: int = 0) -> UNet:
     """The backbone `unet`."""
     network = config.network
     return UNet(
@@ -52,6 +54,7 @@ def build_unet(config: StageConfig, *, in_channels: int, out_channels: int) -> U
         context_channels=network.context_channels,
         head_channels=network.head_channels,
         dropout=network.dropout,
+        checkpointed_resolutions=checkpointed_resolutions,
     )
 
 

@@ -27,6 +27,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "generate": LazyCommand("t2i_experts.cli.generate:generate", "Draw pictures from a prompt."),
     "train": LazyCommand("t2i_experts.cli.train:train", "Train one node or stage; running the same command again resumes."),
     "report": LazyCommand("t2i_experts.cli.report:report", "Write a page with charts about a training run."),
+    "ema": LazyCommand("t2i_experts.cli.ema:ema", "Average the weights of a finished run over another width."),
     "config": LazyCommand("t2i_experts.cli.config:app", "Show, check, compare, list and copy configs."),
     "shards": LazyCommand("t2i_experts.cli.shards:app", "Build, check, show and measure training data."),
     "plugins": LazyCommand("t2i_experts.cli.plugins:plugins", "List the plugins, and all parts that are chosen by name."),

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 
-from t2i_experts.config.schema import NetworkConfig, RunConfig, SamplingConfig, StageConfig, TrainingConfig
+from t2i_experts.config.schema import EMAConfig, NetworkConfig, RunConfig, SamplingConfig, StageConfig, TrainingConfig
 
 
 def check_sampling(sampling: SamplingConfig, prefix: str = "sampling.") -> None:
@@ -67,12 +67,14 @@ _TRAINING = {
         "max_minutes",
         "divergence_factor",
         "rollbacks",
+        "gradient_checkpointing",
         "optimizer.learning_rate",
         "optimizer.warmup_images",
         "optimizer.eps",
         "optimizer.weight_decay",
         "optimizer.clip_norm",
         "ema.rampup",
+        "ema.snapshot_every_images",
         "preview.every_images",
         "validation.every_images",
     ),
@@ -177,10 +179,22 @@ def _check_option(value: object, where: str) -> None:
 TRACKERS = ("tensorboard", "wandb")
 
 
+def _check_ema(ema: EMAConfig) -> None:
+    if ema.kind != "power":
+        for key in ("sigma_rel", "snapshot_every_images"):
+            value = getattr(ema, key)
+            if value != getattr(EMAConfig(), key):
+                raise ValueError(f"training.ema.{key}={value} needs training.ema.kind=power; received kind={ema.kind}")
+    widths = ema.sigma_rel
+    if not widths or len(set(widths)) < len(widths) or not all(0 < width < 12**-0.5 for width in widths):
+        raise ValueError(f"training.ema.sigma_rel={widths} must be one or more different widths, each positive and below 12^-0.5 = 0.2887")
+
+
 def _check_training(training: TrainingConfig) -> None:
     _check_numbers(training, "training.", _TRAINING)
     if not set(training.trackers) <= set(TRACKERS) or len(set(training.trackers)) < len(training.trackers):
         raise ValueError(f"training.trackers={training.trackers} may hold {' and '.join(TRACKERS)}, each once; [] means none")
+    _check_ema(training.ema)
     if training.batch_size % training.accumulation:
         raise ValueError(f"training.batch_size={training.batch_size} must be a multiple of training.accumulation={training.accumulation}")
     if training.device not in (None, "cpu"):
@@ -195,6 +209,9 @@ def check(config: RunConfig) -> None:
     """All rules that OmegaConf's types do not hold. Each error names the key, what it received and what is allowed."""
     check_stage(config.stage)
     _check_training(config.training)
+    depth, recomputed = len(config.stage.network.resolutions), config.training.gradient_checkpointing
+    if recomputed > depth:
+        raise ValueError(f"training.gradient_checkpointing={recomputed}: the network has {depth} resolutions; 0 remembers all of them")
     check_sampling(config.sampling)
     preview = replace(config.sampling, steps=config.training.preview.steps, guidance=config.training.preview.guidance)
     check_sampling(preview, "training.preview.")

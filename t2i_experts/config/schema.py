@@ -116,10 +116,20 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EMAConfig:
-    """Exponential moving average of the weights: half-life min(halflife_kimg, rampup * images seen), as in EDM; rampup 0: no ramp."""
+    """Moving average of the weights.
 
+    kind: `halflife`, EDM's exponential one with a half-life of min(halflife_kimg, rampup * images seen) (rampup 0: no ramp); or `power`,
+    EDM2's, whose profile grows with the run, and which does not read these two.
+    sigma_rel: the widths that `power` tracks, as the profile's standard deviation in parts of the run. The first is the one that is
+    validated, previewed and saved as the model. snapshot_every_images: how often all of them are stored, so that `t2i-experts ema` can
+    make others of them; 0: never. A snapshot has 4 bytes a parameter and width, and none is removed.
+    """
+
+    kind: Literal["halflife", "power"] = "halflife"
     halflife_kimg: float = 500.0
     rampup: float = 0.05
+    sigma_rel: list[float] = field(default_factory=lambda: [0.05, 0.10])
+    snapshot_every_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -152,6 +162,9 @@ class TrainingConfig:
     to its newest checkpoint, and on with half the learning rate, before it gives up.
     trackers: `tensorboard` writes to OUTPUT/tensorboard, `wandb` to Weights & Biases (project `t2i-experts`; its own WANDB_PROJECT,
     WANDB_ENTITY and WANDB_MODE=offline hold); each must be installed.
+    gradient_checkpointing: the blocks of this many resolutions, from the finest downwards, are computed again in the backward pass
+    instead of remembered; it changes memory and speed alone. uncertainty_weighting: EDM2's, every noise level pulls on the weights
+    equally hard; the losses that are reported stay EDM's.
     """
 
     images: int = MISSING
@@ -160,6 +173,8 @@ class TrainingConfig:
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
+    gradient_checkpointing: int = 0
+    uncertainty_weighting: bool = False
     device: str | None = None
     max_minutes: float = 0.0
     checkpoint_every_images: int = MISSING

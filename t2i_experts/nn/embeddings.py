@@ -13,6 +13,13 @@ from t2i_experts.nn.layers import rms_norm
 from t2i_experts.types import Embedding
 
 
+def fourier_features(c_noise: Tensor, features: int, *, octaves: tuple[float, float]) -> Tensor:
+    """Cosines and sines of c_noise, (B,) -> (B, features) float32, at frequencies from 2^octaves[0] to 2^octaves[1] per unit."""
+    frequencies = 2 * math.pi * 2 ** torch.linspace(*octaves, features // 2, device=c_noise.device)
+    angles = c_noise.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
 class NoiseEmbedding(nn.Module):
     """c_noise = ln(sigma)/4 as Fourier features (frequencies from 1/4 to 16 per unit), then two linear layers: (B,) -> (B, E)."""
 
@@ -24,9 +31,7 @@ class NoiseEmbedding(nn.Module):
 
     def forward(self, c_noise: Tensor) -> Tensor:
         """c_noise: (B,) float32. Returns (B, E) in the dtype of the weights."""
-        frequencies = 2 * math.pi * 2 ** torch.linspace(-2, 4, self.features // 2, device=c_noise.device)
-        angles = c_noise.float()[:, None] * frequencies
-        features = torch.cat([angles.cos(), angles.sin()], dim=1)
+        features = fourier_features(c_noise, self.features, octaves=(-2, 4))
         return self.out(F.silu(self.hidden(features.to(self.hidden.weight.dtype))))
 
 

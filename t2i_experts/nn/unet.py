@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from t2i_experts.config import ResolutionSpec
 from t2i_experts.nn.attention import CrossAttention, SelfAttention
@@ -24,16 +25,35 @@ from t2i_experts.types import Embedding
 
 
 class UNetBlock(nn.Module):
-    """One residual block and the attention behind it."""
+    """One residual block and the attention behind it.
 
-    def __init__(self, block: ResidualBlock, self_attention: SelfAttention | None, cross_attention: CrossAttention | None) -> None:
+    checkpointed: of what it computes, only its inputs are remembered for the backward pass, which computes the rest again.
+    """
+
+    def __init__(
+        self,
+        block: ResidualBlock,
+        self_attention: SelfAttention | None,
+        cross_attention: CrossAttention | None,
+        *,
+        checkpointed: bool = False,
+    ) -> None:
         super().__init__()
+        self.checkpointed = checkpointed
         self.residual = block
         self.self_attention = self_attention
         self.cross_attention = cross_attention
 
-    def forward(self, x: Tensor, embedding: Tensor, key_value: Tensor | None, context_mask: Tensor) -> Tensor:
-        x = self.residual(x, embedding)
+    def forward(self, x: Tensor, embedding: Tensor, key_value: Tensor | None, context_mask: Tensor, skip: Tensor | None = None) -> Tensor:
+        """skip: (B, C', H, W), concatenated to x, which together have the residual block's input channels."""
+        inputs = (x, embedding, key_value, context_mask, skip)
+        if self.checkpointed and torch.is_grad_enabled():
+            random = self.training and self.residual.dropout > 0
+            return checkpoint(self._compute, *inputs, use_reentrant=False, preserve_rng_state=random)
+        return self._compute(*inputs)
+
+    def _compute(self, x: Tensor, embedding: Tensor, key_value: Tensor | None, context_mask: Tensor, skip: Tensor | None) -> Tensor:
+        x = self.residual(x if skip is None else torch.cat([x, skip], dim=1), embedding)
         if self.self_attention is not None:
             x = self.self_attention(x)
         if self.cross_attention is not None:
@@ -47,7 +67,8 @@ class UNet(nn.Module):
 
     resolutions: from the finest downwards. encoders: encoder name -> (token width, pooled width or 0). in_channels, out_channels: of the
     images. patch_size: p > 1 folds each p x p pixels into the channels of one (space to depth), and the output back, so that the first
-    resolution, the dearest, has 1/p of the image's side.
+    resolution, the dearest, has 1/p of the image's side. checkpointed_resolutions: so many, from the finest downwards, have checkpointed
+    blocks (see `UNetBlock`).
     """
 
     def __init__(
@@ -62,18 +83,21 @@ class UNet(nn.Module):
         context_channels: int,
         head_channels: int = 64,
         dropout: float = 0.0,
+        checkpointed_resolutions: int = 0,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.noise_embedding = NoiseEmbedding(embedding_channels)
         self.context_embedding = ContextEmbedding(encoders, context_channels=context_channels, embedding_channels=embedding_channels)
 
-        def block(spec: ResolutionSpec, in_channels: int, mode: Resample = "keep", *, attend: bool = True) -> UNetBlock:
+        def block(level: int, in_channels: int, mode: Resample = "keep", *, attend: bool = True) -> UNetBlock:
+            spec = resolutions[level]
             channels = spec.channels
             return UNetBlock(
                 ResidualBlock(in_channels, channels, embedding_channels, mode=mode, dropout=dropout),
                 SelfAttention(channels, head_channels) if attend and spec.self_attention else None,
                 CrossAttention(channels, context_channels, head_channels) if attend and spec.cross_attention else None,
+                checkpointed=level < checkpointed_resolutions,
             )
 
         channels = resolutions[0].channels
@@ -82,24 +106,24 @@ class UNet(nn.Module):
         self.down = nn.ModuleList()
         for level, spec in enumerate(resolutions):
             if level:
-                self.down.append(block(spec, channels, "down", attend=False))
+                self.down.append(block(level, channels, "down", attend=False))
                 channels = spec.channels
                 skips.append(channels)
             for _ in range(spec.blocks):
-                self.down.append(block(spec, channels))
+                self.down.append(block(level, channels))
                 channels = spec.channels
                 skips.append(channels)
-        lowest = resolutions[-1]
+        lowest = len(resolutions) - 1
         self.middle = nn.ModuleList([block(lowest, channels), block(lowest, channels, attend=False)])
         self.up = nn.ModuleList()
         self.skips_of_up: list[bool] = []  # whether each block on the way up takes a skip
         for level, spec in reversed(list(enumerate(resolutions))):
             if level < len(resolutions) - 1:
-                self.up.append(block(spec, channels, "up", attend=False))
+                self.up.append(block(level, channels, "up", attend=False))
                 self.skips_of_up.append(False)
                 channels = spec.channels
             for _ in range(spec.blocks + 1):
-                self.up.append(block(spec, channels + skips.pop()))
+                self.up.append(block(level, channels + skips.pop()))
                 self.skips_of_up.append(True)
                 channels = spec.channels
         assert not skips
@@ -136,8 +160,7 @@ class UNet(nn.Module):
         for block in self.middle:
             x = block(x, embedding, next(key_values), mask)
         for block, takes_skip in zip(self.up, self.skips_of_up, strict=True):
-            x = torch.cat([x, skips.pop()], dim=1) if takes_skip else x
-            x = block(x, embedding, next(key_values), mask)
+            x = block(x, embedding, next(key_values), mask, skips.pop() if takes_skip else None)
         x = self.conv_out(F.silu(rms_norm(x, 1) * self.norm_gain.to(x.dtype)[:, None, None]))
         return F.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from t2i_experts.config import EMAConfig
+from t2i_experts.training.power_ema import PowerFunctionEMA
 
 
 class EMA:
@@ -28,3 +31,23 @@ class EMA:
         torch._foreach_lerp_(mean, now, 1 - self.beta(batch, images_seen))
         for average, buffer in zip(self.network.buffers(), network.buffers(), strict=True):
             average.copy_(buffer)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average, under the network's own names."""
+        return self.network.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`. Raises RuntimeError for tensors of other names or shapes."""
+        self.network.load_state_dict(state)
+
+
+WeightAverage = EMA | PowerFunctionEMA
+
+
+def build_ema(network: nn.Module, config: EMAConfig) -> WeightAverage:
+    """The average that `config` asks for, of a network that has not been trained yet."""
+    match config.kind:
+        case "halflife":
+            return EMA(network, config.halflife_kimg, config.rampup)
+        case "power":
+            return PowerFunctionEMA(network, config.sigma_rel)

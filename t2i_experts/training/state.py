@@ -2,6 +2,7 @@
 
     RUN/checkpoints/000000128000/       named by images seen
         network.safetensors  ema.safetensors  optimizer.safetensors  state.json
+        weighting.safetensors  weighting_optimizer.safetensors      if noise levels are weighted by a learned function
 
 A checkpoint is written under another name, flushed to the disk and renamed, so that a folder with a number for a name is whole whatever
 killed the writer. What a run draws at random is a function of (seed, images seen), so the counter is the state of every generator.
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 from t2i_experts import __version__
 from t2i_experts.cascade.model_folder import flush
 from t2i_experts.config import RunConfig, differences, from_plain, to_plain
-from t2i_experts.training.ema import EMA
+from t2i_experts.training.ema import WeightAverage
+from t2i_experts.training.uncertainty import LearnedWeighting
 
 
 @dataclass
@@ -35,16 +37,18 @@ class TrainState:
     """A run between two optimiser steps.
 
     images_seen: of the global order, by all processes. dataset_hash: of the shards that the order runs over. encoders: fingerprints of the
-    frozen encoders' weights, by name. config: resolved, as plain values. rollbacks: how often the run diverged and went back.
+    frozen encoders' weights, by name. config: resolved, as plain values. weighting: of the noise levels, if the run learns one.
+    rollbacks: how often the run diverged and went back.
     """
 
     network: nn.Module
-    ema: EMA
+    ema: WeightAverage
     optimizer: torch.optim.Optimizer
     images_seen: int
     dataset_hash: str
     encoders: Mapping[str, str]
     config: Mapping[str, Any]
+    weighting: LearnedWeighting | None = None
     rollbacks: int = 0
 
     @property
@@ -62,8 +66,12 @@ class TrainState:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         _save_tensors(temporary / "network.safetensors", self.network.state_dict())
-        _save_tensors(temporary / "ema.safetensors", self.ema.network.state_dict())
+        _save_tensors(temporary / "ema.safetensors", self.ema.state_dict())
         _save_tensors(temporary / "optimizer.safetensors", optimizer_tensors(self.network, self.optimizer))
+        if self.weighting is not None:
+            _save_tensors(temporary / "weighting.safetensors", self.weighting.module.state_dict())
+            moments = optimizer_tensors(self.weighting.module, self.weighting.optimizer)
+            _save_tensors(temporary / "weighting_optimizer.safetensors", moments)
         facts = {
             "images_seen": self.images_seen,
             "validation_loss": validation_loss,
@@ -104,14 +112,19 @@ class TrainState:
             )
         try:
             network, ema, optimizer = (load_file(folder / f"{name}.safetensors") for name in ("network", "ema", "optimizer"))
+            names = ("weighting", "weighting_optimizer") if self.weighting is not None else ()
+            weighting = [load_file(folder / f"{name}.safetensors") for name in names]
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{folder} cannot be read ({error}); remove it to go on from the checkpoint before it") from error
         try:
             self.network.load_state_dict(network)
-            self.ema.network.load_state_dict(ema)
+            self.ema.load_state_dict(ema)
         except RuntimeError as error:
             raise ValueError(f"{folder} does not fit this network: {error}") from error
         restore_optimizer(self.network, self.optimizer, optimizer)
+        if self.weighting is not None:
+            self.weighting.module.load_state_dict(weighting[0])
+            restore_optimizer(self.weighting.module, self.weighting.optimizer, weighting[1])
         self.images_seen = facts["images_seen"]
         self.rollbacks = facts.get("rollbacks", 0)
 
@@ -172,7 +185,9 @@ MAY_CHANGE = (
     "training.images",
     "training.accumulation",
     "training.compile",
+    "training.gradient_checkpointing",
     "training.device",
+    "training.ema.snapshot_every_images",
     "training.max_minutes",
     "training.rollbacks",
     "training.divergence_factor",

@@ -88,6 +88,10 @@ class DiffusionTask:
         """(B, 3, H, W) uint8 on the CPU to float32 in [-1, 1] on the device, channels last."""
         return from_uint8(pixels.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
 
+    def sigmas(self, batch: Batch) -> Tensor:
+        """The noise level of each image, (B,) float32 on the device."""
+        return to_device(sigma_from_uniform(self.noise, batch.uniform).float(), self.device)
+
     def losses(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """The loss of each image, (B,) float32.
 
@@ -99,7 +103,7 @@ class DiffusionTask:
         generator = torch.Generator(self.device).manual_seed(seed)
         images = self.images(batch.images)
         conditioning = self.conditioner.encode(batch.tokens, images, batch.drops)
-        sigma = to_device(sigma_from_uniform(self.noise, batch.uniform).float(), self.device)
+        sigma = self.sigmas(batch)
         eps = torch.randn(images.shape, generator=generator, device=self.device)
         with self.autocast():
             return self.loss(denoiser, images, sigma, eps, conditioning)

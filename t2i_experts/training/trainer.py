@@ -25,8 +25,10 @@ from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.shards.loader import open_loader
 from t2i_experts.shards.reader import ShardReader
 from t2i_experts.training.divergence import LossWatch, TrainingDiverged
-from t2i_experts.training.ema import EMA
+from t2i_experts.training.ema import build_ema
 from t2i_experts.training.optim import build_optimizer, learning_rate
+from t2i_experts.training.posthoc import drop_later_snapshots, write_snapshots
+from t2i_experts.training.power_ema import PowerFunctionEMA
 from t2i_experts.training.preview import draw_preview
 from t2i_experts.training.processes import agreed_checkpoint, open_processes
 from t2i_experts.training.state import TrainState, best_checkpoint, lock_run, refuse_changed_config
@@ -34,6 +36,7 @@ from t2i_experts.training.stopping import StopRequest
 from t2i_experts.training.task import Batch, DiffusionTask
 from t2i_experts.training.trackers import open_trackers, refuse_missing_trackers
 from t2i_experts.training.tracking import RunLog, machine, peak_memory_gib
+from t2i_experts.training.uncertainty import LearnedWeighting
 from t2i_experts.training.unreadable import UnreadableSamples
 from t2i_experts.training.validation import ValidationLoss, validate
 
@@ -67,11 +70,14 @@ class Trainer:
             self._lock = lock_run(self.root)  # not before: a mistake in the config leaves no folder behind
         self.resumed_from = agreed_checkpoint(self.root)
         torch.manual_seed(training.seed)
-        self.network: EDMPrecond = build_network(config.stage).to(self.device)
-        self.ema = EMA(self.network, training.ema.halflife_kimg, training.ema.rampup)
+        network = build_network(config.stage, checkpointed_resolutions=training.gradient_checkpointing)
+        self.network: EDMPrecond = network.to(self.device)
+        self.ema = build_ema(self.network, training.ema)
         self.optimizer = build_optimizer(self.network, training.optimizer)
+        self.weighting = LearnedWeighting(training.optimizer, self.device) if training.uncertainty_weighting else None
         encoders = {name: conditioner.fingerprint(name) for name in conditioner.names}
-        self.state = TrainState(self.network, self.ema, self.optimizer, 0, self.reader.dataset_hash, encoders, to_plain(config))
+        dataset = self.reader.dataset_hash
+        self.state = TrainState(self.network, self.ema, self.optimizer, 0, dataset, encoders, to_plain(config), self.weighting)
         if self.resumed_from is not None:
             self.state.restore(self.resumed_from)
         if training.compile:
@@ -100,6 +106,7 @@ class Trainer:
         training = self.config.training
         if self.accelerator.is_main_process:
             (self.root / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            drop_later_snapshots(self.root, self.state.images_seen)
             if self.resumed_from is not None:
                 self._save_models(self.resumed_from)  # a kill may have come between the checkpoint and its model folder
         self.log.event("start", self.state.images_seen, processes=self.world_size, **machine(self.device), **self.sizes())
@@ -140,6 +147,8 @@ class Trainer:
         diverged_at = self.state.images_seen
         self.state.restore(newest)
         self.state.rollbacks = rollbacks
+        if self.accelerator.is_main_process:
+            drop_later_snapshots(self.root, self.state.images_seen)
         self._recent.clear()
         self._watch = LossWatch(self.config.training.divergence_factor)
         self.log.rewind(self.state.images_seen)
@@ -179,13 +188,16 @@ class Trainer:
             last = micro == training.accumulation - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 micro_losses = self.task.losses(self.model, batch)
-                (micro_losses.mean() / training.accumulation).backward()
+                objective = self.weighting.objective(micro_losses, self.task.sigmas(batch)) if self.weighting else micro_losses
+                (objective.mean() / training.accumulation).backward()
             keys.extend(batch.keys)
             self.unreadable.note(batch.unreadable, drawn=True)
             losses.append(micro_losses.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), training.optimizer.clip_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.weighting:
+            self.weighting.step(rate, lambda gradient: self.accelerator.reduce(gradient, "mean"))
         self.state.images_seen += training.batch_size
         self.ema.update(self.network, training.batch_size, self.state.images_seen)
         self._recent.append((keys, torch.cat(losses), norm))
@@ -197,20 +209,23 @@ class Trainer:
         return bool(every) and (seen // every > before // every or seen >= self.config.training.images)
 
     def _tend(self, before: int, *, last: bool) -> float:
-        """Validation, preview and checkpoint, each when it is due; never on weights that have diverged. Returns the seconds it took."""
+        """Validation, preview, snapshot and checkpoint, each when it is due; never on diverged weights. Returns the seconds it took."""
         training, started = self.config.training, time.monotonic()
         due = [
             self._due(before, training.validation.every_images) and self.validation is not None,
             self._due(before, training.preview.every_images) and bool(training.preview.prompts),
+            self._due(before, training.ema.snapshot_every_images),
             self._due(before, training.checkpoint_every_images) or last,
         ]
         if not any(due):
             return 0.0
         self._refuse_divergence()
-        validate, preview, checkpoint = due
+        validate, preview, snapshot, checkpoint = due
         loss = self._validate() if validate else None
         if preview:
             self._preview()
+        if snapshot:
+            self._snapshot()
         if checkpoint and not self._watch.suspicious:
             self._checkpoint(loss)
         return time.monotonic() - started
@@ -290,6 +305,13 @@ class Trainer:
             self.log.preview(self.state.images_seen, path)
         self.accelerator.wait_for_everyone()
 
+    def _snapshot(self) -> None:
+        """Before the checkpoint: a run that goes on from it finds all earlier snapshots there."""
+        if self.accelerator.is_main_process:
+            assert isinstance(self.ema, PowerFunctionEMA)
+            write_snapshots(self.root, self.state.images_seen, self.ema)
+        self.accelerator.wait_for_everyone()
+
     def _checkpoint(self, validation_loss: float | None) -> None:
         """Saves the state and, beside the checkpoints, the EMA weights as a model folder that generates."""
         self.unreadable.tell(self.state.images_seen)  # what a checkpoint has passed is never drawn again, and must be in the log
@@ -315,6 +337,7 @@ class Trainer:
                 "images_seen": self.state.images_seen,
                 "dataset_hash": self.state.dataset_hash,
                 "encoders": dict(self.state.encoders),
+                "ema": to_plain(self.config.training.ema),
             },
         )
 

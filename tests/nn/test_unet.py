@@ -195,3 +195,81 @@ def test_sizes_of_shipped_networks(config: str, millions: tuple[float, float], p
             head_channels=stage.network.head_channels,
         )
     assert millions[0] < sum(p.numel() for p in network.parameters()) / 1e6 < millions[1]
+
+
+SPECS = [ResolutionSpec(16, 1), ResolutionSpec(24, 1, False, True), ResolutionSpec(32, 1, True, True)]
+
+
+def checkpointed(resolutions: int, dropout: float = 0.0, specs: list[ResolutionSpec] = SPECS) -> UNet:
+    """Always the same weights."""
+    torch.manual_seed(0)
+    network = UNet(
+        specs,
+        ENCODERS,
+        embedding_channels=16,
+        context_channels=12,
+        head_channels=8,
+        dropout=dropout,
+        checkpointed_resolutions=resolutions,
+    )
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+def loss_and_gradients(network: nn.Module) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    x, sigma = torch.randn(2, 3, 16, 16), torch.tensor([0.1, 2.0])
+    loss = network(x, sigma, Conditioning(embeddings(2))).square().mean()
+    loss.backward()
+    gradients = [parameter.grad for parameter in network.parameters()]
+    assert all(gradient is not None for gradient in gradients)
+    return [loss.detach(), *(gradient.clone() for gradient in gradients if gradient is not None)]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointing_changes_no_bit(dropout: float) -> None:
+    expected = loss_and_gradients(EDMPrecond(checkpointed(0, dropout)))
+    for resolutions in (1, 2, 3):
+        actual = loss_and_gradients(EDMPrecond(checkpointed(resolutions, dropout)))
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True)), resolutions
+
+
+def test_checkpointing_remembers_less_and_most_of_it_at_the_finest_resolution() -> None:
+    def remembered(resolutions: int) -> int:
+        """Bytes of the tensors that a forward pass saves for the backward pass, each once."""
+        network, saved = EDMPrecond(checkpointed(resolutions, dropout=0.1)), {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            network(torch.randn(2, 3, 32, 32), torch.ones(2), Conditioning(embeddings(2)))
+        return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+    none, one, two, three = (remembered(resolutions) for resolutions in range(4))
+    assert none > one > two > three
+    assert none - one > one - two > two - three
+    assert three < 0.4 * none
+
+
+def test_checkpointing_under_data_parallelism() -> None:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(EDMPrecond(checkpointed(3, 0.3)), gradient_as_bucket_view=True)
+        actual = loss_and_gradients(parallel)
+    finally:
+        torch.distributed.destroy_process_group()
+    expected = loss_and_gradients(EDMPrecond(checkpointed(0, 0.3)))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_checkpointing_compiles_as_one_graph() -> None:
+    specs = [ResolutionSpec(8, 1, False, True)]
+    expected = loss_and_gradients(EDMPrecond(checkpointed(0, 0.3, specs)))
+    network = EDMPrecond(checkpointed(1, 0.3, specs))
+    network.compile(backend="aot_eager", fullgraph=True)
+    for a, b in zip(loss_and_gradients(network), expected, strict=True):
+        torch.testing.assert_close(a, b)
