@@ -153,7 +153,8 @@ def _check_other_backbone(network: NetworkConfig, prefix: str) -> None:
         value = getattr(network, field.name)
         if value != getattr(plain, field.name):
             raise ValueError(
-                f"{prefix}{field.name}={value} is the unet's; the settings of the backbone {network.backbone!r} belong in {prefix}options"
+                f"{prefix}{field.name} is the unet's; the settings of the backbone {network.backbone!r}, if that is one, "
+                f"belong in {prefix}options"
             )
     _check_option(network.options, f"{prefix}options")
 
@@ -210,6 +211,10 @@ def check(config: RunConfig) -> None:
     check_stage(config.stage)
     _check_training(config.training)
     depth, recomputed = len(config.stage.network.resolutions), config.training.gradient_checkpointing
+    if recomputed and config.stage.network.backbone != "unet":
+        raise ValueError(
+            f"training.gradient_checkpointing={recomputed} is the unet's; the backbone {config.stage.network.backbone!r} has none"
+        )
     if recomputed > depth:
         raise ValueError(f"training.gradient_checkpointing={recomputed}: the network has {depth} resolutions; 0 remembers all of them")
     check_sampling(config.sampling)

@@ -76,7 +76,7 @@ class History:
                 seconds = (event["images_seen"] - seen) / event["images_per_second"]
                 steps += seconds
                 data_wait += seconds * (event.get("data_wait") or 0.0)
-            if event["event"] in ("start", "train"):
+            if event["event"] in ("start", "train", "rollback"):
                 seen = event["images_seen"]
             before = event
         return TimeSpent(steps, data_wait, max(total - steps, 0.0))

@@ -123,6 +123,8 @@ def _in_words(event: Mapping[str, Any], *, first: bool) -> str:
         case "diverged":
             keys = event.get("keys") or []
             more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+            if not keys:
+                return "**diverged**: the loss rose and stayed high"
             return f"**diverged**, first in the batch with {', '.join(_code(str(key)) for key in keys[:8])}{more}"
         case kind:
             return f"{kind} {_code(', '.join(f'{key}={event[key]}' for key in event if key not in ('event', 'images_seen', 'time')))}"
@@ -139,20 +141,23 @@ def _trained(run: Run) -> Iterator[str]:
         resolutions.append(f"{spec.channels} channels x {spec.blocks} at {side >> i} px{note}")
     batch = f"{training.batch_size:,} images" + (f" in {training.accumulation} parts" if training.accumulation > 1 else "")
     rate, ema = training.optimizer, training.ema
+    averaging = f"half-life {ema.halflife_kimg:g} thousand images, at most {ema.rampup:g} of the images seen"
+    if ema.kind == "power":
+        averaging = f"power function, sigma_rel {', '.join(f'{width:g}' for width in ema.sigma_rel)}"
     rows = [
         ("stage", f"{stage.name}, {stage.size} px"),
         ("parameters", f"{start[0]['parameters']:,}" if "parameters" in start[0] else "unknown"),
         ("samples", f"{start[0]['samples']:,}" if "samples" in start[0] else "unknown"),
         ("training shards", ", ".join(_code(name) for name in config.data.train)),
         ("validation shards", _code(config.data.validation) if config.data.validation else "none"),
-        ("network", "; ".join(resolutions)),
+        ("network", "; ".join(resolutions) or f"{stage.network.backbone}, {_code(str(stage.network.options))}"),
         ("noise", f"ln sigma of mean {stage.noise.mean:g} and deviation {stage.noise.std:g}, sigma_data {stage.noise.sigma_data:g}"),
         ("batch", f"{batch}, {training.precision}{', compiled' if training.compile else ''}, seed {training.seed}"),
         (
             "learning rate",
             f"{rate.learning_rate:g}, warm-up over {rate.warmup_images:,} images, then {rate.schedule}; clipped at norm {rate.clip_norm:g}",
         ),
-        ("averaging", f"half-life {ema.halflife_kimg:g} thousand images, at most {ema.rampup:g} of the images seen"),
+        ("averaging", averaging),
     ]
     yield _table(("", ""), rows)
     encoders = [

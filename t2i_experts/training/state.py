@@ -10,6 +10,7 @@ killed the writer. What a run draws at random is a function of (seed, images see
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -32,13 +33,21 @@ from t2i_experts.training.ema import WeightAverage
 from t2i_experts.training.uncertainty import LearnedWeighting
 
 
+@dataclass(frozen=True)
+class Validation:
+    """A validation loss. of: what it was measured on; losses of different ones cannot be compared."""
+
+    loss: float
+    of: str
+
+
 @dataclass
 class TrainState:
     """A run between two optimiser steps.
 
     images_seen: of the global order, by all processes. dataset_hash: of the shards that the order runs over. encoders: fingerprints of the
     frozen encoders' weights, by name. config: resolved, as plain values. weighting: of the noise levels, if the run learns one.
-    rollbacks: how often the run diverged and went back.
+    rollbacks: how often the run diverged and went back. watch: what `LossWatch` has seen, as plain values.
     """
 
     network: nn.Module
@@ -50,16 +59,17 @@ class TrainState:
     config: Mapping[str, Any]
     weighting: LearnedWeighting | None = None
     rollbacks: int = 0
+    watch: Mapping[str, Any] | None = None
 
     @property
     def rate_scale(self) -> float:
         """By what the learning rate is multiplied: halved at every roll-back."""
         return 0.5**self.rollbacks
 
-    def save(self, root: Path, keep: int, validation_loss: float | None = None) -> Path:
+    def save(self, root: Path, keep: int, validation: Validation | None = None) -> Path:
         """Writes RUN/checkpoints/IMAGES_SEEN and removes all but the newest `keep` and the best in validation. Returns the folder.
 
-        validation_loss: of these EMA weights, None if it was not measured.
+        validation: of these EMA weights, None if it was not measured.
         """
         folder = root / "checkpoints" / f"{self.images_seen:012d}"
         temporary = folder.with_name(f".{folder.name}.tmp")
@@ -74,8 +84,9 @@ class TrainState:
             _save_tensors(temporary / "weighting_optimizer.safetensors", moments)
         facts = {
             "images_seen": self.images_seen,
-            "validation_loss": validation_loss,
+            "validation": validation and dataclasses.asdict(validation),
             "rollbacks": self.rollbacks,
+            "watch": self.watch,
             "dataset_hash": self.dataset_hash,
             "encoders": dict(self.encoders),
             "config": self.config,
@@ -127,6 +138,7 @@ class TrainState:
             restore_optimizer(self.weighting.module, self.weighting.optimizer, weighting[1])
         self.images_seen = facts["images_seen"]
         self.rollbacks = facts.get("rollbacks", 0)
+        self.watch = facts.get("watch")
 
 
 def _remove(folder: Path) -> None:
@@ -143,9 +155,30 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def best_checkpoint(root: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss, the older of two equal ones; None if no checkpoint was validated."""
-    losses = [(read_facts(folder).get("validation_loss"), folder) for folder in checkpoints(root)]
-    return min(((loss, folder) for loss, folder in losses if loss is not None), default=(None, None))[1]
+    """The checkpoint with the lowest validation loss, the older of two equal ones; None if no checkpoint was validated.
+
+    Of those that were measured on the same as the newest: other losses cannot be compared.
+    """
+    facts = [(read_facts(folder).get("validation"), folder) for folder in checkpoints(root)]
+    measured = [(Validation(**validation), folder) for validation, folder in facts if validation]
+    return min(((v.loss, folder) for v, folder in measured if v.of == measured[-1][0].of), default=(None, None))[1]
+
+
+def prepare_roll_back(root: Path) -> None:
+    """Removes the checkpoints that were saved, at a stop, when the loss had just risen too high."""
+    for folder in reversed(checkpoints(root)):
+        if not (read_facts(folder).get("watch") or {}).get("high"):
+            break
+        _remove(folder)
+
+
+def record_roll_back(folder: Path, rollbacks: int) -> None:
+    """Writes into the checkpoint that a run goes back to how often it has done so, which a later start must know."""
+    temporary = folder / ".state.json.tmp"
+    temporary.write_text(json.dumps({**read_facts(folder), "rollbacks": rollbacks}, indent=2) + "\n", encoding="utf-8")
+    flush(temporary)
+    temporary.replace(folder / "state.json")
+    flush(folder)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -231,6 +264,7 @@ def restore_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, tens
     Each moment gets its parameter's strides: the fused AdamW walks through memory, and a file knows nothing of channels-last.
     """
     parameters = {name: (i, parameter) for i, (name, parameter) in enumerate(network.named_parameters())}
+    optimizer.state.clear()  # what it holds now would else lie in memory beside what comes
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, field = key.rsplit("/", 1)

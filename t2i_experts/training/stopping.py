@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from t2i_experts.training.processes import SAVING_MAY_TAKE
+
 
 class StopRequest:
     """Collects requests to stop while it is entered; each step is framed by `ask` and `agreed`.
@@ -26,7 +28,7 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self._group: Any = dist.new_group(backend="gloo") if several else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=SAVING_MAY_TAKE) if several else None
         self._asked: tuple[Tensor, Any] | None = None
         self._before: dict[signal.Signals, Any] = {}
 

@@ -92,8 +92,7 @@ class RunLog:
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             temporary.replace(self.path)
         if self._bar is not None:
-            self._bar.n = images_seen
-            self._bar.refresh()
+            self._bar.update(images_seen - self._bar.n)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """The events of a kind so far, of this run and what it goes on from; none on processes that do not write."""

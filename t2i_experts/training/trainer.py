@@ -31,7 +31,15 @@ from t2i_experts.training.posthoc import drop_later_snapshots, write_snapshots
 from t2i_experts.training.power_ema import PowerFunctionEMA
 from t2i_experts.training.preview import draw_preview
 from t2i_experts.training.processes import agreed_checkpoint, open_processes
-from t2i_experts.training.state import TrainState, best_checkpoint, lock_run, refuse_changed_config
+from t2i_experts.training.state import (
+    TrainState,
+    Validation,
+    best_checkpoint,
+    lock_run,
+    prepare_roll_back,
+    record_roll_back,
+    refuse_changed_config,
+)
 from t2i_experts.training.stopping import StopRequest
 from t2i_experts.training.task import Batch, DiffusionTask
 from t2i_experts.training.trackers import open_trackers, refuse_missing_trackers
@@ -95,7 +103,7 @@ class Trainer:
             self.accelerator, self.log, images_seen=self.state.images_seen, max_share=config.data.max_unreadable
         )
         self._recent: list[tuple[list[str], Tensor, Tensor]] = []  # keys, losses and gradient norm of each step since the last look
-        self._watch = LossWatch(training.divergence_factor)
+        self._watch = LossWatch(training.divergence_factor, self.state.watch)
         self.stopped_by: signal.Signals | None = None
 
     def run(self) -> Path:
@@ -141,18 +149,27 @@ class Trainer:
 
     def _roll_back(self, error: TrainingDiverged) -> None:
         """Goes back to the newest checkpoint, and on with half the learning rate; raises `error` if that is not to be done (again)."""
-        newest, rollbacks = agreed_checkpoint(self.root), self.state.rollbacks + 1
-        if newest is None or rollbacks > self.config.training.rollbacks:
+        rollbacks = self.state.rollbacks + 1
+        if rollbacks > self.config.training.rollbacks:
+            raise error
+        if self.accelerator.is_main_process:
+            prepare_roll_back(self.root)
+        self.accelerator.wait_for_everyone()
+        newest = agreed_checkpoint(self.root)
+        if newest is None:
             raise error
         diverged_at = self.state.images_seen
         self.state.restore(newest)
         self.state.rollbacks = rollbacks
         if self.accelerator.is_main_process:
+            record_roll_back(newest, rollbacks)
             drop_later_snapshots(self.root, self.state.images_seen)
         self._recent.clear()
-        self._watch = LossWatch(self.config.training.divergence_factor)
+        self._watch = LossWatch(self.config.training.divergence_factor, self.state.watch)
+        self.unreadable.rewind(self.state.images_seen)
         self.log.rewind(self.state.images_seen)
-        self.log.event("rollback", self.state.images_seen, diverged_at=diverged_at, reason=str(error), rate_scale=self.state.rate_scale)
+        reason = str(error).partition(". ")[0]
+        self.log.event("rollback", self.state.images_seen, diverged_at=diverged_at, reason=reason, rate_scale=self.state.rate_scale)
 
     def sizes(self) -> dict[str, int]:
         """Parameters of the network, and samples of the shards."""
@@ -226,7 +243,7 @@ class Trainer:
             self._preview()
         if snapshot:
             self._snapshot()
-        if checkpoint and not self._watch.suspicious:
+        if checkpoint and (last or self.state.images_seen >= training.images or not self._watch.suspicious):
             self._checkpoint(loss)
         return time.monotonic() - started
 
@@ -272,7 +289,11 @@ class Trainer:
             peak_memory_gib=peak_memory_gib(self.device),
             unreadable_draws=self.unreadable.drawn,
         )
-        self._watch.see(loss)
+        try:
+            self._watch.see(loss)
+        except TrainingDiverged:
+            self.log.event("diverged", self.state.images_seen, keys=[])
+            raise
 
     def _validate(self) -> float | None:
         """The loss on the validation shards, the same on all processes; None if there is none, because nothing could be read."""
@@ -316,9 +337,17 @@ class Trainer:
         """Saves the state and, beside the checkpoints, the EMA weights as a model folder that generates."""
         self.unreadable.tell(self.state.images_seen)  # what a checkpoint has passed is never drawn again, and must be in the log
         if self.accelerator.is_main_process:
-            self._save_models(self.state.save(self.root, self.config.training.keep_checkpoints, validation_loss))
+            self.state.watch = self._watch.state
+            self._save_models(self.state.save(self.root, self.config.training.keep_checkpoints, self._validation(validation_loss)))
             self.log.report()
         self.accelerator.wait_for_everyone()
+
+    def _validation(self, loss: float | None) -> Validation | None:
+        """A validation loss with what it was measured on."""
+        if loss is None or self.validation is None:
+            return None
+        settings = self.config.training.validation
+        return Validation(loss, f"{self.validation.dataset_hash}/{settings.images}/{settings.bins}")
 
     def _save_models(self, checkpoint: Path) -> None:
         """The EMA weights of this checkpoint, in which the run stands, as RUN/model, and as RUN/best if none was better in validation."""

@@ -38,6 +38,10 @@ class UnreadableSamples:
         self._waiting.extend(found)
         self._waiting_draws += len(found) * drawn
 
+    def rewind(self, images_seen: int) -> None:
+        """The run goes back to `images_seen`: from there on its draws are counted anew."""
+        self._begin, self.drawn = images_seen, 0
+
     def tell(self, images_seen: int) -> None:
         """Names what is new in the log; all processes call it together. Raises ValueError, on all of them, if too much is unreadable."""
         counts = torch.tensor([len(self._waiting), self._waiting_draws], device=self._accelerator.device)

@@ -127,7 +127,7 @@ def test_a_run_that_diverges_goes_back_and_on_with_half_the_rate(
     assert event["diverged_at"] == 48
     assert event["rate_scale"] == 0.5
     assert [e["images_seen"] for e in events(root, "train")] == [16, 32, 48, 64]
-    assert [read_facts(path)["rollbacks"] for path in checkpoints(root)] == [0, 0, 1, 1]
+    assert [read_facts(path)["rollbacks"] for path in checkpoints(root)] == [0, 1, 1, 1]  # the one gone back to knows, too
     assert all(tensor.isfinite().all() for tensor in load_file(checkpoints(root)[-1] / "network.safetensors").values())
     # What a roll-back begins is exactly resumable, too.
     longer = Trainer(load_config(write_config("run"), ["training.rollbacks=1", "training.images=80"]), progress=False)
@@ -153,7 +153,37 @@ def test_a_loss_that_rises_is_noticed_before_it_is_nan_and_its_weights_are_not_k
     (event,) = events(tmp_path / "run", "rollback")
     assert (event["images_seen"], event["diverged_at"]) == (32, 64)
     assert "divergence_factor=4" in event["reason"]
-    assert [read_facts(path)["rollbacks"] for path in checkpoints(tmp_path / "run")] == [0, 0, 1, 1, 1, 1]
+    assert [read_facts(path)["rollbacks"] for path in checkpoints(tmp_path / "run")] == [0, 1, 1, 1, 1, 1]
+
+
+def test_a_run_that_keeps_diverging_keeps_no_such_weights_whoever_starts_it(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is a high loss, and how often the run went back, outlive the roll-back and the process."""
+    overrides = ["training.images=128", "training.rollbacks=2", "training.keep_checkpoints=9"]
+    for rollbacks in (2, 2, 2):
+        trainer = Trainer(load_config(write_config("run"), overrides), progress=False)
+        diverging(trainer, monkeypatch, 50.0, times=99)
+        with pytest.raises(TrainingDiverged, match="divergence_factor"):
+            trainer.run()
+        assert names(tmp_path / "run") == ["000000000016", "000000000032"]
+        assert len(events(tmp_path / "run", "rollback")) == rollbacks
+    assert len(events(tmp_path / "run", "diverged")) == 5
+
+
+def test_one_high_loss_at_the_end_is_none_but_is_remembered(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    overrides = ["training.images=48", "training.keep_checkpoints=9", "training.rollbacks=1"]
+    trainer = Trainer(load_config(write_config("run"), overrides), progress=False)
+    diverging(trainer, monkeypatch, 50.0, times=99)
+    trainer.run()
+    assert names(tmp_path / "run")[-1] == "000000000048"
+    more = Trainer(load_config(write_config("run"), [*overrides, "training.images=80"]), progress=False)
+    diverging(more, monkeypatch, 50.0, times=2)
+    more.run()  # the next high loss is the second in a row: back to what was saved before both
+    assert [e["images_seen"] for e in events(tmp_path / "run", "rollback")] == [32]
+    assert names(tmp_path / "run")[-1] == "000000000080"
 
 
 def test_loss_watch() -> None:
