@@ -152,8 +152,9 @@ def _check_other_backbone(network: NetworkConfig, prefix: str) -> None:
     for field in fields(network):
         value = getattr(network, field.name)
         if value != getattr(plain, field.name):
+            received = "" if isinstance(value, list) else f"={value}"
             raise ValueError(
-                f"{prefix}{field.name} is the unet's; the settings of the backbone {network.backbone!r}, if that is one, "
+                f"{prefix}{field.name}{received} is the unet's; the settings of the backbone {network.backbone!r}, if that is one, "
                 f"belong in {prefix}options"
             )
     _check_option(network.options, f"{prefix}options")

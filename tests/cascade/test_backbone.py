@@ -136,7 +136,7 @@ def test_options_come_from_files_and_overrides(write_config: Callable[[str], Pat
     [
         (
             NetworkConfig(backbone="x", patch_size=2),
-            "network.patch_size=2 is the unet's; the settings of the backbone 'x' belong in network.options",
+            "network.patch_size=2 is the unet's; the settings of the backbone 'x', if that is one, belong in network.options",
         ),
         (NetworkConfig(backbone="x", context_channels=8), "network.context_channels=8 is the unet's"),
         (NetworkConfig(backbone="x", options={"a": float("inf")}), "network.options.a=inf must be finite"),
