@@ -18,7 +18,7 @@ import numpy as np
 
 from t2i_experts.shards.images import image_size, square
 from t2i_experts.shards.parallel import in_order
-from t2i_experts.shards.reader import RawSample, ShardReader
+from t2i_experts.shards.reader import RawSample, ShardReader, Unreadable, UnreadableSample
 
 TOLERANCE = 0.2
 """How far a configured sigma_data may be off the measured one, as a share of that, before it deserves a warning."""
@@ -162,6 +162,5 @@ def _measure(size: int, raw: RawSample) -> tuple[tuple[str, ...], tuple[int, int
         pixels = np.asarray(square(raw.image, size))  # (size, size, 3)
         shape = image_size(raw.image)
     except ValueError as error:
-        remedy = f"`t2i-experts shards check {raw.shard.parent} --write-manifest` leaves out what is broken"
-        raise ValueError(f"{raw.shard}: sample {raw.key!r}: {error}; {remedy}") from error
+        raise UnreadableSample(Unreadable(str(raw.shard), raw.key, str(error))) from error
     return raw.captions, shape, int(pixels.sum(dtype=np.int64)), int(np.square(pixels, dtype=np.uint32).sum(dtype=np.int64))

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from t2i_experts import __version__
 from t2i_experts.cascade.model_folder import flush
 from t2i_experts.config import RunConfig, differences, from_plain, to_plain
+from t2i_experts.shards.format import write_atomically
 from t2i_experts.training.ema import WeightAverage
 from t2i_experts.training.uncertainty import LearnedWeighting
 
@@ -174,11 +175,8 @@ def prepare_roll_back(root: Path) -> None:
 
 def record_roll_back(folder: Path, rollbacks: int) -> None:
     """Writes into the checkpoint that a run goes back to how often it has done so, which a later start must know."""
-    temporary = folder / ".state.json.tmp"
-    temporary.write_text(json.dumps({**read_facts(folder), "rollbacks": rollbacks}, indent=2) + "\n", encoding="utf-8")
-    flush(temporary)
-    temporary.replace(folder / "state.json")
-    flush(folder)
+    facts = {**read_facts(folder), "rollbacks": rollbacks}
+    write_atomically(folder / "state.json", [json.dumps(facts, indent=2).encode() + b"\n"])
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
