@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import functools
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -15,7 +16,6 @@ from typing import Any
 
 from t2i_experts.shards.format import CAPTION_FIELDS
 from t2i_experts.shards.sources import Record, Skipped, grouped, pop_captions
-from t2i_experts.shards.tars import finite
 
 
 def parquet_source(path: Path, images: Path | None, skipped: Skipped) -> Iterator[Record]:
@@ -161,4 +161,6 @@ def _plain(value: Any) -> Any:
             return {str(name): _plain(item) for name, item in value.items()}
         case list() | tuple():
             return [_plain(item) for item in value]
-    return finite(value)
+        case float() if not math.isfinite(value):
+            return None
+    return value

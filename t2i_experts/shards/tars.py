@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,19 +46,9 @@ def img2dataset_source(path: Path, images: Path | None, skipped: Skipped) -> Ite
 
 
 def _texts(file: int, row: Row) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Captions and metadata of a sample; NaN, which some programs write and JSON does not have, is null. Raises ValueError."""
+    """Captions and metadata of a sample, as `parse_captions` reads them. Raises ValueError."""
     text, fields = (os.pread(file, place[1], place[0]) if place[0] else None for place in (row.text, row.fields))
-    captions, metadata = parse_captions(text, fields)
-    return captions, {name: finite(value) for name, value in metadata.items()}
-
-
-def finite(value: Any) -> Any:
-    """The value with None for every number in it that JSON does not have: NaN and the infinities."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, list) else value
+    return parse_captions(text, fields)
 
 
 def _read_part(path: Path, offset: int, length: int) -> bytes:
