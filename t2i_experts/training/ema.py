@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from torch import Tensor, nn
 
 from t2i_experts.config import EMAConfig
-from t2i_experts.training.power_ema import PowerFunctionEMA
+from t2i_experts.training.power_ema import PowerFunctionEMA, move_towards
 
 
 class EMA:
@@ -24,13 +23,9 @@ class EMA:
         halflife = min(self.halflife_kimg * 1000, self.rampup * images_seen) if self.rampup else self.halflife_kimg * 1000
         return 0.5 ** (batch / max(halflife, 1e-8))
 
-    @torch.no_grad()
     def update(self, network: nn.Module, batch: int, images_seen: int) -> None:
         """Moves the average towards the weights of `network`, which has the architecture that it was made from."""
-        mean, now = ([p.detach() for p in module.parameters()] for module in (self.network, network))
-        torch._foreach_lerp_(mean, now, 1 - self.beta(batch, images_seen))
-        for average, buffer in zip(self.network.buffers(), network.buffers(), strict=True):
-            average.copy_(buffer)
+        move_towards(self.network, network, 1 - self.beta(batch, images_seen))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average, under the network's own names."""

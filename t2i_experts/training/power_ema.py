@@ -38,6 +38,14 @@ def power_beta(gamma: float, batch: int, images_seen: int) -> float:
     return (1 - batch / images_seen) ** (gamma + 1)
 
 
+@torch.no_grad()
+def move_towards(average: nn.Module, network: nn.Module, share: float) -> None:
+    """Moves the average's parameters by `share` of the way to those of a network of its architecture; buffers are copied."""
+    torch._foreach_lerp_([p.detach() for p in average.parameters()], [p.detach() for p in network.parameters()], share)
+    for old, buffer in zip(average.buffers(), network.buffers(), strict=True):
+        old.copy_(buffer)
+
+
 class PowerFunctionEMA:
     """Float32 copies of a network that follow it, one for each width in `sigma_rels`; the weights before the first step count nothing."""
 
@@ -52,14 +60,10 @@ class PowerFunctionEMA:
         """The average of the first width: the one that is validated, previewed and saved as the model."""
         return self.networks[0]
 
-    @torch.no_grad()
     def update(self, network: nn.Module, batch: int, images_seen: int) -> None:
         """Moves the averages towards the weights of `network`, which has the architecture that they were made from."""
-        now = [p.detach() for p in network.parameters()]
         for gamma, average in zip(self._gammas, self.networks, strict=True):
-            torch._foreach_lerp_([p.detach() for p in average.parameters()], now, 1 - power_beta(gamma, batch, images_seen))
-            for old, buffer in zip(average.buffers(), network.buffers(), strict=True):
-                old.copy_(buffer)
+            move_towards(average, network, 1 - power_beta(gamma, batch, images_seen))
 
     def state_dict(self) -> dict[str, Tensor]:
         """All averages, as WIDTH.NAME with the width's place in `sigma_rels`."""
