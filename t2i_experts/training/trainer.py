@@ -78,6 +78,7 @@ class Trainer:
             self._lock = lock_run(self.root)  # not before: a mistake in the config leaves no folder behind
         self.resumed_from = agreed_checkpoint(self.root)
         torch.manual_seed(training.seed)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # with a mask, its gradients are NaN at some shapes (pytorch/pytorch issue 196678)
         network = build_network(config.stage, checkpointed_resolutions=training.gradient_checkpointing)
         self.network: EDMPrecond = network.to(self.device)
         self.ema = build_ema(self.network, training.ema)
