@@ -12,12 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2i_experts.cascade.model_folder import INDEX, embedded_model
+from t2i_experts.cascade.model_folder import embedded_model
 from t2i_experts.cascade.picture import read_image
 from t2i_experts.conditioning.conditioner import TextConditioner
 from t2i_experts.config import load_config
-
-needs_network = pytest.mark.skipif(not (embedded_model() / INDEX).is_file(), reason="the embedded network is not in this checkout yet")
 
 
 @pytest.mark.parametrize("name", ["tiny", "emoji"])
@@ -40,7 +38,6 @@ def test_what_ships_is_small(pytestconfig: pytest.Config) -> None:
     assert shipped <= 26 * 2**20
 
 
-@needs_network
 def test_a_picture_from_the_shell_offline_in_time(tmp_path: Path) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
     started = time.monotonic()

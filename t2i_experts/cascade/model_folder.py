@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,15 @@ _CLASSES = {"unet": "UNet"}  # a backbone of a plugin goes by its name in the re
 class LoadedModel:
     """A model folder in memory.
 
-    stages: by name; for now always one. fingerprint: 16 hex digits of the weights of all its stages.
+    stages: by name; for now always one. fingerprint: 16 hex digits of the weights of all its stages. provenance: facts about its
+    training, as `save_model` was given them.
     """
 
     stages: Mapping[str, Stage]
     conditioner: TextConditioner
     fingerprint: str
     source: str
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
 def embedded_model() -> Path:
@@ -174,7 +176,10 @@ def load_model(model: str | Path | None, *, device: torch.device | str = "cpu", 
     stage = Stage(config, load_denoiser(weights, config, device=device, dtype=dtype), sampling)
     conditioner = TextConditioner.from_config(config.encoders, root=folder, device=device)
     fingerprint = _digest(weights)[:16]
-    return LoadedModel({name: stage}, conditioner, fingerprint, "embedded" if model is None else str(model))
+    provenance = index.get("provenance") or {}
+    if not isinstance(provenance, dict):
+        raise ValueError(f"{folder / INDEX}: provenance={provenance!r} must be a JSON object")
+    return LoadedModel({name: stage}, conditioner, fingerprint, "embedded" if model is None else str(model), provenance)
 
 
 @contextmanager
