@@ -32,6 +32,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8])
 
 
 @contextmanager
@@ -64,24 +65,41 @@ def verify(data: bytes) -> tuple[int, int]:
         return size
 
 
+def upright_size(data: bytes) -> tuple[int, int]:
+    """(width, height) after the EXIF orientation, from what a file says before its pixels, so that its beginning may be enough.
+
+    Of a PNG, EXIF data behind the pixels do not count here. Raises ValueError.
+    """
+    with open_image(data) as image:
+        known = image.format != "PNG" or "exif" in image.info  # Pillow would decode any other PNG to look for them
+        width, height = image.size
+        return (height, width) if known and _turn(image) in _SIDEWAYS else (width, height)
+
+
 def square(data: bytes, size: int) -> Image.Image:
-    """The centre square of the picture at size x size, RGB: the shorter side becomes `size`, the longer one is cut.
+    """The centre square of the picture at size x size: `centre_crop` with equal sides."""
+    return centre_crop(data, size, size)
+
+
+def centre_crop(data: bytes, width: int, height: int) -> Image.Image:
+    """The largest part in the picture's centre that has the shape of width x height, resized to that, RGB.
 
     Transparency is laid on white, the EXIF orientation is applied, colour profiles are not. The filter is Lanczos with
-    antialiasing; a JPEG more than four times as large is first decoded at a half, quarter or eighth, never below twice `size`.
+    antialiasing; a JPEG more than four times as large is first decoded at a half, quarter or eighth, never below twice the size wanted.
     A picture that has this size keeps its pixels. Raises ValueError for data that is no readable JPEG, PNG or WebP.
     """
     with open_image(data) as image:
-        _draft(image, size)
+        _draft(image, max(width, height))
         image.load()
         turn = _turn(image)
+        if turn in _SIDEWAYS:
+            width, height = height, width
         image = _opaque(_eight_bit(image))
-        width, height = image.size
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        if side == size:
+        part_width, part_height = min(image.width, image.height * width / height), min(image.height, image.width * height / width)
+        left, top = (image.width - part_width) / 2, (image.height - part_height) / 2
+        if (part_width, part_height) == (width, height):
             left, top = int(left), int(top)  # a crop alone: half a pixel's shift would blur
-        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + part_width, top + part_height))
         return image if turn is None else image.transpose(turn)
 
 
