@@ -68,12 +68,11 @@ def verify(data: bytes) -> tuple[int, int]:
 def upright_size(data: bytes) -> tuple[int, int]:
     """(width, height) after the EXIF orientation, from what a file says before its pixels, so that its beginning may be enough.
 
-    Of a PNG, EXIF data behind the pixels do not count here. Raises ValueError.
+    Raises ValueError.
     """
     with open_image(data) as image:
-        known = image.format != "PNG" or "exif" in image.info  # Pillow would decode any other PNG to look for them
         width, height = image.size
-        return (height, width) if known and _turn(image) in _SIDEWAYS else (width, height)
+        return (height, width) if _early_turn(image) in _SIDEWAYS else (width, height)
 
 
 def square(data: bytes, size: int) -> Image.Image:
@@ -89,7 +88,7 @@ def centre_crop(data: bytes, width: int, height: int) -> Image.Image:
     A picture that has this size keeps its pixels. Raises ValueError for data that is no readable JPEG, PNG or WebP.
     """
     with open_image(data) as image:
-        _draft(image, max(width, height))
+        _draft(image, *((height, width) if _early_turn(image) in _SIDEWAYS else (width, height)))
         image.load()
         turn = _turn(image)
         if turn in _SIDEWAYS:
@@ -117,7 +116,7 @@ def prepare(data: bytes, shorter_side: int | None = None) -> tuple[bytes, str]:
             image.load()
             return data, STORED[kind]
         if shorter_side is not None:
-            _draft(image, shorter_side)
+            _draft(image, shorter_side, shorter_side)
         image.load()
         turn = _turn(image)
         profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA") else None
@@ -137,9 +136,9 @@ def prepare(data: bytes, shorter_side: int | None = None) -> tuple[bytes, str]:
         return out.getvalue(), "jpg" if lossy else "png"
 
 
-def _draft(image: Image.Image, size: int) -> None:
-    """Lets the JPEG decoder leave out detail far below what `size` on the shorter side will show; nothing for other formats."""
-    scale = 2 * size / min(image.size)
+def _draft(image: Image.Image, width: int, height: int) -> None:
+    """Lets the JPEG decoder leave out detail far below what a part at width x height will show; nothing for other formats."""
+    scale = 2 * max(width / image.width, height / image.height)
     if scale < 1:
         image.draft(None, (round(image.width * scale), round(image.height * scale)))
 
@@ -150,6 +149,11 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged EXIF data raise nearly everything too, and the picture is good without them
         return None
+
+
+def _early_turn(image: Image.Image) -> Image.Transpose | None:
+    """`_turn` before the pixels are decoded, as Pillow would do to look for a PNG's EXIF data behind them: those do not count here."""
+    return None if image.format == "PNG" and "exif" not in image.info else _turn(image)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -20,7 +20,7 @@ from t2i_experts.shards.buckets import BucketOrder, Buckets, nearest_bucket
 from t2i_experts.shards.format import Manifest, ShardEntry, parse_captions
 from t2i_experts.shards.index import IndexFile, Row, check_tar, open_index
 from t2i_experts.shards.order import GlobalOrder, position_rng
-from t2i_experts.shards.sizes import shard_sizes
+from t2i_experts.shards.sizes import picture_sizes
 from t2i_experts.shards.transforms import decode_image
 
 _OPEN_FILES = 256
@@ -85,10 +85,12 @@ class ShardReader:
     as they are, whether broken or not, that too is the same everywhere.
     """
 
-    def __init__(self, folders: Sequence[str | Path], *, size: int, seed: int, buckets: Buckets | None = None) -> None:
+    def __init__(
+        self, folders: Sequence[str | Path], *, size: int, seed: int, buckets: Buckets | None = None, progress: bool = False
+    ) -> None:
         """size: pixels of the square images. buckets: the shapes of the images and of the global batches instead; see `BucketOrder`.
 
-        With buckets, the sizes of all pictures must be known: see `shard_sizes`.
+        With buckets, the sizes of all pictures are read first unless they are known (see `shard_sizes`), with a bar if `progress`.
 
         Raises ValueError for a missing or damaged manifest, for a tar that is missing or has not the manifest's size, and if there is no
         sample at all.
@@ -113,8 +115,8 @@ class ShardReader:
         if buckets is None:
             self.order = GlobalOrder(self.samples, self.dataset_hash, seed)
         else:
-            sizes = np.concatenate([shard_sizes(folder, entry) for folder, entry in self._shards])
-            self._bucket_of = nearest_bucket(sizes, buckets.shapes)
+            sizes = picture_sizes(self._shards, progress=progress)
+            self._bucket_of = np.concatenate([nearest_bucket(shard, buckets.shapes) for shard in sizes])
             self.order = BucketOrder(self._bucket_of, buckets, self.dataset_hash, seed)
         self._indices: dict[int, IndexFile | tuple[Row, ...] | Unreadable] = {}
         self._files: OrderedDict[Path, int] = OrderedDict()

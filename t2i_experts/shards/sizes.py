@@ -6,11 +6,14 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from t2i_experts.shards.format import ShardEntry, write_atomically
 from t2i_experts.shards.images import upright_size
@@ -22,6 +25,15 @@ _HEADER = "t2i-experts picture sizes 1"
 _BEGINNING = 2**16
 """So many bytes of a picture file are read first: the size stands before the pixels."""
 _THREADS = 8
+
+
+def picture_sizes(shards: Sequence[tuple[Path, ShardEntry]], *, progress: bool = False) -> Iterator[NDArray[np.int32]]:
+    """`shard_sizes` of each (folder, entry). progress: a bar on stderr if that takes seconds."""
+    total = sum(entry.samples for _, entry in shards)
+    with tqdm(total=total, desc="sizes of pictures", unit="img", unit_scale=True, file=sys.stderr, delay=3, disable=not progress) as bar:
+        for folder, entry in shards:
+            yield shard_sizes(folder, entry)
+            bar.update(entry.samples)
 
 
 def shard_sizes(folder: Path, entry: ShardEntry) -> NDArray[np.int32]:

@@ -73,8 +73,9 @@ class Trainer:
 
         shapes = tuple((width, height) for width, height in config.stage.buckets)
         buckets = Buckets(shapes, training.batch_size) if shapes else None
+        told = progress and self.accelerator.is_main_process
         with self.accelerator.main_process_first() if buckets else contextlib.nullcontext():  # it keeps the pictures' sizes for the others
-            self.reader = ShardReader(config.data.train, size=config.stage.size, seed=training.seed, buckets=buckets)
+            self.reader = ShardReader(config.data.train, size=config.stage.size, seed=training.seed, buckets=buckets, progress=told)
         self.validation = ShardReader([config.data.validation], size=config.stage.size, seed=0) if config.data.validation else None
         conditioner = TextConditioner.from_config(config.stage.encoders, device=self.device)
         self.task = DiffusionTask(config.stage, conditioner, seed=training.seed, device=self.device, bf16=training.precision == "bf16")

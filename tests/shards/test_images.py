@@ -60,6 +60,12 @@ def test_large_jpegs_are_decoded_smaller_without_a_visible_difference(encode: En
     assert np.abs(pixels(jpeg, 64) - pixels(png, 64)).mean() < 1
     wide, same = (np.asarray(centre_crop(data, 96, 32)).astype(int) for data in (jpeg, png))
     assert np.abs(wide - same).mean() < 1
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide, same = (
+        np.asarray(centre_crop(saved(Image.open(io.BytesIO(jpeg)), kind, exif=exif, quality=95), 96, 32)) for kind in ("JPEG", "PNG")
+    )
+    assert np.abs(wide.astype(int) - same).mean() < 1
 
 
 def test_upscaling(encode: Encode) -> None:
