@@ -247,6 +247,14 @@ def test_an_empty_file_misses_what_has_no_default(base: Path) -> None:
         ("stage.network.resolutions=[]", "stage.network.resolutions is empty"),
         ("stage.size=17", "stage.size=17 must be a multiple of 2 for 2 resolutions"),
         ("stage.size=0", "stage.size=0 must be positive"),
+        ("stage.buckets=[[16, 16], [20]]", "stage.buckets[1]=[20] must be [width, height], both positive"),
+        ("stage.buckets=[[16, 16], [20, 0]]", "stage.buckets[1]=[20, 0] must be [width, height], both positive"),
+        ("stage.buckets=[[16, 16], [15, 17]]", "stage.buckets[1]=[15, 17]: both must be multiples of 2 for 2 resolutions"),
+        ("stage.buckets=[[16, 16], [20, 18]]", "stage.buckets[1]=[20, 18] has 360 pixels; allowed is 3/4 to 5/4 of stage.size^2 = 256"),
+        ("stage.buckets=[[16, 16], [18, 18]]", "stage.buckets[1]=[18, 18] has 324 pixels"),
+        ("stage.buckets=[[16, 16], [14, 14]]", "stage.buckets[1]=[14, 14] has the aspect ratio of stage.buckets[0]"),
+        ("stage.buckets=[[20, 12], [12, 20]]", "stage.buckets=[[20, 12], [12, 20]] must hold the square [16, 16]"),
+        ("stage.buckets=[wide]", "stage.buckets"),
         ("stage.network.head_channels=0", "stage.network.head_channels=0 must be positive"),
         ("stage.network.head_channels=7", "stage.network.resolutions[1].channels=16 must be a multiple of head_channels=7"),
         ("stage.network.resolutions=[{channels: 8, blocks: 0}]", "stage.network.resolutions[0] has channels=8, blocks=0"),
@@ -343,6 +351,7 @@ def test_rules_between_values(base: Path, override: str, said: str) -> None:
         "data.validation=v",
         "stage.name=base-64_b",
         "stage.network.patch_size=8",
+        "stage.buckets=[[16, 16], [16, 12], [20, 16]]",
     ],
 )
 def test_what_is_allowed_at_the_edge(base: Path, override: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from t2i_experts.cascade.model_folder import LoadedModel, load_model
 from t2i_experts.cascade.picture import to_uint8
-from t2i_experts.cascade.stage import Progress, Stage
+from t2i_experts.cascade.stage import IMAGE_CHANNELS, Progress, Stage
 from t2i_experts.config import SamplingConfig
 from t2i_experts.shards.order import position_rng
 from t2i_experts.types import Conditioning
@@ -95,22 +95,27 @@ class CascadePipeline:
         style: Tensor | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
+        shape: tuple[int, int] | None = None,
         sampling: SamplingConfig | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
-        """One picture for each prompt, (B, 3, H, W) uint8 on the CPU.
+        """One picture for each prompt, (B, 3, height, width) uint8 on the CPU.
 
         prompt: one or several; an empty one gives a picture of the model's own choice. negative: what to steer away from.
         style: (1, 3, H, W) float in [-1, 1], a reference picture for the CLIP image encoder. seed, indices: picture i starts from the
-        noise of (seed, indices[i]), by default 0, 1, 2... sampling: see `settings`.
-        Raises ValueError for numbers that do not fit each other and settings that are out of range.
+        noise of (seed, indices[i]), by default 0, 1, 2... shape: (width, height), one of `base.shapes`, by default the
+        square. sampling: see `settings`. Raises ValueError for numbers that do not fit each other and settings that are out of range.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         indices = range(len(prompts)) if indices is None else indices
         if len(indices) != len(prompts) or not prompts:
             raise ValueError(f"{len(prompts)} prompts and {len(indices)} indices; there must be one of each for every picture")
         stage = self.base
-        noise = torch.stack([start_noise(seed, index, stage.noise_shape) for index in indices]).to(self.device)
+        width, height = shape or stage.shapes[0]
+        if (width, height) not in stage.shapes:
+            allowed = ", ".join(f"{width}x{height}" for width, height in stage.shapes)
+            raise ValueError(f"shape={width}x{height}; this model makes pictures of {allowed} pixels and no others")
+        noise = torch.stack([start_noise(seed, index, (IMAGE_CHANNELS, height, width)) for index in indices]).to(self.device)
         images = None if style is None else style.to(self.device).expand(len(prompts), -1, -1, -1)
         conditioning = self.model.conditioner(prompts, images)
         images = stage.sample(noise, conditioning, self._null(negative), sampling or stage.sampling, progress)

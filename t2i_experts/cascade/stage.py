@@ -60,7 +60,7 @@ def build_unet(config: StageConfig, *, in_channels: int, out_channels: int, chec
 
 @dataclass(frozen=True)
 class Stage:
-    """A denoiser that makes pictures of one size.
+    """A denoiser that makes pictures of one size, or of the shapes of its buckets.
 
     config: what it was trained as. denoiser: its weights. sampling: its default settings.
     """
@@ -71,8 +71,14 @@ class Stage:
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the noise that sampling starts from."""
+        """(C, H, W) of the noise that sampling a square picture starts from."""
         return (IMAGE_CHANNELS, self.config.size, self.config.size)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(width, height) of the pictures that this was trained to make: the square first, then its other buckets."""
+        square = (self.config.size, self.config.size)
+        return [square, *(shape for width, height in self.config.buckets if (shape := (width, height)) != square)]
 
     @torch.no_grad()
     def sample(

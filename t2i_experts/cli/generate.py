@@ -29,6 +29,10 @@ def generate(
     style: Annotated[Path | None, typer.Option(help="A reference picture whose style is taken over.")] = None,
     model: Annotated[str | None, typer.Option(help="A model folder or hub id; default: the embedded model.")] = None,
     size: Annotated[int | None, typer.Option(help="Side of the picture in pixels: the model's own, or an error.")] = None,
+    width: Annotated[
+        int | None, typer.Option(help="In pixels, with --height: for models that were trained with aspect-ratio buckets.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels, with --width: one of the model's buckets, or an error.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
     sampler: Annotated[str | None, typer.Option(help="euler, heun or dpmpp_2m.")] = None,
@@ -45,6 +49,8 @@ def generate(
             raise ValueError(f"--{name}={value} must be at least 1")
     if seed < 0:
         raise ValueError(f"--seed={seed} must not be negative")
+    if (width is None) != (height is None) or None not in (size, width):
+        raise ValueError(f"give --width and --height together, and not with --size; received {size=}, {width=}, {height=}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
     jobs = [(text, copy) for text in texts for copy in range(num)]
@@ -69,6 +75,10 @@ def generate(
     pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
     if size is not None and size not in pipeline.sizes:
         raise ValueError(f"--size={size}; this model makes pictures of {', '.join(map(str, pipeline.sizes))} px and no others")
+    shape = None if width is None or height is None else (width, height)
+    if shape is not None and shape not in pipeline.base.shapes:
+        allowed = ", ".join(f"{width}x{height}" for width, height in pipeline.base.shapes)
+        raise ValueError(f"--width={width} --height={height}; this model makes pictures of {allowed} pixels and no others")
     settings = pipeline.settings(**given)
     refuse_what_would_be_ignored(pipeline, settings, negative, style)
     warn_of_truncation(pipeline, [*dict.fromkeys([*texts, negative])])
@@ -83,6 +93,7 @@ def generate(
                 style=reference,
                 seed=seed,
                 indices=batch,
+                shape=shape,
                 sampling=settings,
                 progress=lambda done, steps, denoised: bar.update(),
             )

@@ -105,6 +105,7 @@ def check_stage(stage: StageConfig, prefix: str = "stage.") -> None:
     """Raises ValueError for a stage that cannot be built or saved, naming the field after `prefix`."""
     check_stage_name(stage.name, f"{prefix}name")
     _check_numbers(stage, prefix, _STAGE)
+    _check_buckets(stage, prefix)
     if stage.network.backbone == "unet":
         _check_unet(stage, prefix)
     else:
@@ -118,6 +119,25 @@ def check_stage(stage: StageConfig, prefix: str = "stage.") -> None:
         _check_numbers(encoder, f"{where}.", _ENCODER)
         if encoder.kind == "clip_image" and encoder.max_tokens != 1:
             raise ValueError(f"{where}.max_tokens={encoder.max_tokens} must be 1 for kind clip_image: a picture is one token")
+
+
+def _check_buckets(stage: StageConfig, prefix: str) -> None:
+    square, ratios = [stage.size, stage.size], dict[float, int]()
+    for i, bucket in enumerate(stage.buckets):
+        where = f"{prefix}buckets[{i}]={bucket}"
+        if len(bucket) != 2 or min(bucket) < 1:
+            raise ValueError(f"{where} must be [width, height], both positive")
+        width, height = bucket
+        if not 0.75 <= width * height / stage.size**2 <= 1.25:
+            raise ValueError(
+                f"{where} has {width * height} pixels; allowed is 3/4 to 5/4 of {prefix}size^2 = {stage.size**2}, so that every picture "
+                "shows and costs about as much"
+            )
+        if width / height in ratios:
+            raise ValueError(f"{where} has the aspect ratio of {prefix}buckets[{ratios[width / height]}]; each needs its own")
+        ratios[width / height] = i
+    if stage.buckets and square not in stage.buckets:
+        raise ValueError(f"{prefix}buckets={stage.buckets} must hold the square {square}: validation, previews and `generate` use it")
 
 
 def _check_unet(stage: StageConfig, prefix: str) -> None:
@@ -136,6 +156,12 @@ def _check_unet(stage: StageConfig, prefix: str) -> None:
             f"{prefix}size={stage.size} must be a multiple of {factor} for {len(resolutions)} resolutions and "
             f"patch_size {network.patch_size}"
         )
+    for i, bucket in enumerate(stage.buckets):
+        if any(side % factor for side in bucket):
+            raise ValueError(
+                f"{prefix}buckets[{i}]={bucket}: both must be multiples of {factor} for {len(resolutions)} resolutions and "
+                f"patch_size {network.patch_size}"
+            )
     for i, spec in enumerate(resolutions):
         where = f"{prefix}network.resolutions[{i}]"
         if spec.channels < 1 or spec.blocks < 1:

@@ -75,10 +75,15 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stage of the cascade: what is trained, at which resolution, under which noise, on which encoders."""
+    """One stage of the cascade: what is trained, at which resolution, under which noise, on which encoders.
+
+    size: side of the square pictures. buckets: aspect-ratio buckets, [width, height] each, the square among them; empty: off, all
+    pictures are cut to squares. With buckets each is cut to the nearest one's shape, and every batch has one shape.
+    """
 
     name: str = "base64"
     size: int = 64
+    buckets: list[list[int]] = field(default_factory=list)
     network: NetworkConfig = MISSING
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     encoders: dict[str, EncoderConfig] = MISSING

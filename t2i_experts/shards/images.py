@@ -32,6 +32,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8])
 
 
 @contextmanager
@@ -64,24 +65,40 @@ def verify(data: bytes) -> tuple[int, int]:
         return size
 
 
+def upright_size(data: bytes) -> tuple[int, int]:
+    """(width, height) after the EXIF orientation, from what a file says before its pixels, so that its beginning may be enough.
+
+    Raises ValueError.
+    """
+    with open_image(data) as image:
+        width, height = image.size
+        return (height, width) if _early_turn(image) in _SIDEWAYS else (width, height)
+
+
 def square(data: bytes, size: int) -> Image.Image:
-    """The centre square of the picture at size x size, RGB: the shorter side becomes `size`, the longer one is cut.
+    """The centre square of the picture at size x size: `centre_crop` with equal sides."""
+    return centre_crop(data, size, size)
+
+
+def centre_crop(data: bytes, width: int, height: int) -> Image.Image:
+    """The largest part in the picture's centre that has the shape of width x height, resized to that, RGB.
 
     Transparency is laid on white, the EXIF orientation is applied, colour profiles are not. The filter is Lanczos with
-    antialiasing; a JPEG more than four times as large is first decoded at a half, quarter or eighth, never below twice `size`.
+    antialiasing; a JPEG more than four times as large is first decoded at a half, quarter or eighth, never below twice the size wanted.
     A picture that has this size keeps its pixels. Raises ValueError for data that is no readable JPEG, PNG or WebP.
     """
     with open_image(data) as image:
-        _draft(image, size)
+        _draft(image, *((height, width) if _early_turn(image) in _SIDEWAYS else (width, height)))
         image.load()
         turn = _turn(image)
+        if turn in _SIDEWAYS:
+            width, height = height, width
         image = _opaque(_eight_bit(image))
-        width, height = image.size
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        if side == size:
+        part_width, part_height = min(image.width, image.height * width / height), min(image.height, image.width * height / width)
+        left, top = (image.width - part_width) / 2, (image.height - part_height) / 2
+        if (part_width, part_height) == (width, height):
             left, top = int(left), int(top)  # a crop alone: half a pixel's shift would blur
-        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + part_width, top + part_height))
         return image if turn is None else image.transpose(turn)
 
 
@@ -99,7 +116,7 @@ def prepare(data: bytes, shorter_side: int | None = None) -> tuple[bytes, str]:
             image.load()
             return data, STORED[kind]
         if shorter_side is not None:
-            _draft(image, shorter_side)
+            _draft(image, shorter_side, shorter_side)
         image.load()
         turn = _turn(image)
         profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA") else None
@@ -119,9 +136,9 @@ def prepare(data: bytes, shorter_side: int | None = None) -> tuple[bytes, str]:
         return out.getvalue(), "jpg" if lossy else "png"
 
 
-def _draft(image: Image.Image, size: int) -> None:
-    """Lets the JPEG decoder leave out detail far below what `size` on the shorter side will show; nothing for other formats."""
-    scale = 2 * size / min(image.size)
+def _draft(image: Image.Image, width: int, height: int) -> None:
+    """Lets the JPEG decoder leave out detail far below what a part at width x height will show; nothing for other formats."""
+    scale = 2 * max(width / image.width, height / image.height)
     if scale < 1:
         image.draft(None, (round(image.width * scale), round(image.height * scale)))
 
@@ -132,6 +149,11 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged EXIF data raise nearly everything too, and the picture is good without them
         return None
+
+
+def _early_turn(image: Image.Image) -> Image.Transpose | None:
+    """`_turn` before the pixels are decoded, as Pillow would do to look for a PNG's EXIF data behind them: those do not count here."""
+    return None if image.format == "PNG" and "exif" not in image.info else _turn(image)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -72,6 +72,10 @@ def open_loader(
     """
     if workers < 0:
         raise ValueError(f"workers={workers} must not be negative")
+    if reader.buckets is not None and (batch_size != reader.buckets.batch_size or start % batch_size):
+        raise ValueError(
+            f"start={start}, batch_size={batch_size}: the reader's buckets allow whole batches of {reader.buckets.batch_size} alone"
+        )
     positions = position_batches(start, batch_size=batch_size, accumulation=accumulation, rank=rank, world_size=world_size, stop=stop)
     loader: DataLoader[Any] = DataLoader(
         _Batches(reader, collate),

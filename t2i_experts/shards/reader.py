@@ -13,11 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+from t2i_experts.shards.buckets import BucketOrder, Buckets, nearest_bucket
 from t2i_experts.shards.format import Manifest, ShardEntry, parse_captions
 from t2i_experts.shards.index import IndexFile, Row, check_tar, open_index
 from t2i_experts.shards.order import GlobalOrder, position_rng
+from t2i_experts.shards.sizes import picture_sizes
 from t2i_experts.shards.transforms import decode_image
 
 _OPEN_FILES = 256
@@ -46,7 +49,7 @@ class UnreadableSample(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """position: in the global order (or the index, for `ShardReader.item`). image: (3, size, size) uint8, RGB.
+    """position: in the global order (or the index, for `ShardReader.item`). image: (3, height, width) uint8, RGB.
 
     metadata: the fields of the sample's JSON but for its captions. unreadable: what was drawn before for this position and could not
     be read; this sample stands in for it.
@@ -82,8 +85,12 @@ class ShardReader:
     as they are, whether broken or not, that too is the same everywhere.
     """
 
-    def __init__(self, folders: Sequence[str | Path], *, size: int, seed: int) -> None:
-        """size: pixels of the square images.
+    def __init__(
+        self, folders: Sequence[str | Path], *, size: int, seed: int, buckets: Buckets | None = None, progress: bool = False
+    ) -> None:
+        """size: pixels of the square images. buckets: the shapes of the images and of the global batches instead; see `BucketOrder`.
+
+        With buckets, the sizes of all pictures are read first unless they are known (see `shard_sizes`), with a bar if `progress`.
 
         Raises ValueError for a missing or damaged manifest, for a tar that is missing or has not the manifest's size, and if there is no
         sample at all.
@@ -103,7 +110,14 @@ class ShardReader:
         if not self.samples:
             raise ValueError(f"no samples in the shard folders {[str(folder) for folder in folders]}")
         self.dataset_hash = hashlib.sha256("\n".join(manifest.hash for _, manifest in manifests).encode()).hexdigest()
-        self.order = GlobalOrder(self.samples, self.dataset_hash, seed)
+        self.buckets = buckets
+        self.order: GlobalOrder | BucketOrder
+        if buckets is None:
+            self.order = GlobalOrder(self.samples, self.dataset_hash, seed)
+        else:
+            sizes = picture_sizes(self._shards, progress=progress)
+            self._bucket_of = np.concatenate([nearest_bucket(shard, buckets.shapes) for shard in sizes])
+            self.order = BucketOrder(self._bucket_of, buckets, self.dataset_hash, seed)
         self._indices: dict[int, IndexFile | tuple[Row, ...] | Unreadable] = {}
         self._files: OrderedDict[Path, int] = OrderedDict()
 
@@ -115,10 +129,11 @@ class ShardReader:
         unreadable: list[Unreadable] = []
         while len(unreadable) < _ATTEMPTS:
             try:
-                raw = self.raw(self.order.substitute(position, len(unreadable)) if unreadable else self.order[position])
+                index = self.order.substitute(position, len(unreadable)) if unreadable else self.order[position]
+                raw = self.raw(index)
                 several = len(raw.captions) > 1
                 choice = int(position_rng(self.seed, position, "caption").integers(len(raw.captions))) if several else 0
-                return replace(self._sample(position, raw, raw.captions[choice]), unreadable=tuple(unreadable))
+                return replace(self._sample(position, raw, raw.captions[choice], self.shape(index)), unreadable=tuple(unreadable))
             except UnreadableSample as error:
                 unreadable.append(error.what)
         raise ValueError(f"{UnreadableSample(unreadable[0])}. Nor can {_ATTEMPTS - 1} others be read that were drawn in its place")
@@ -129,7 +144,18 @@ class ShardReader:
         Raises IndexError, and UnreadableSample for one that cannot be read.
         """
         raw = self.raw(index)
-        return self._sample(index, raw, raw.captions[0])
+        return self._sample(index, raw, raw.captions[0], self.shape(index))
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """(width, height) of the image of the sample at an index of the dataset's own order."""
+        return (self.size, self.size) if self.buckets is None else self.buckets.shapes[self._bucket_of[index]]
+
+    def bucket_samples(self) -> dict[str, int]:
+        """How many samples each bucket has, by its name WIDTHxHEIGHT; empty without buckets."""
+        if self.buckets is None:
+            return {}
+        counts = np.bincount(self._bucket_of, minlength=len(self.buckets.shapes)).tolist()
+        return {f"{width}x{height}": count for (width, height), count in zip(self.buckets.shapes, counts, strict=True)}
 
     def raw(self, index: int) -> RawSample:
         """The sample at an index of the dataset's own order, not decoded. Raises as `item` does."""
@@ -147,9 +173,9 @@ class ShardReader:
             raise UnreadableSample(Unreadable(str(tar), row.key, str(error))) from error
         return RawSample(tar, row.key, image, captions, metadata)
 
-    def _sample(self, position: int, raw: RawSample, caption: str) -> Sample:
+    def _sample(self, position: int, raw: RawSample, caption: str, shape: tuple[int, int]) -> Sample:
         try:
-            image = decode_image(raw.image, self.size)
+            image = decode_image(raw.image, *shape)
         except ValueError as error:
             raise UnreadableSample(Unreadable(str(raw.shard), raw.key, str(error))) from error
         return Sample(position, raw.key, image, caption, raw.metadata)

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -22,6 +23,7 @@ from t2i_experts.cascade.stage import Stage, build_network
 from t2i_experts.conditioning.conditioner import TextConditioner
 from t2i_experts.config import RunConfig, to_plain, to_yaml
 from t2i_experts.diffusion.precond import EDMPrecond
+from t2i_experts.shards.buckets import Buckets
 from t2i_experts.shards.loader import open_loader
 from t2i_experts.shards.reader import ShardReader
 from t2i_experts.training.divergence import LossWatch, TrainingDiverged
@@ -69,7 +71,11 @@ class Trainer:
         if newest is not None:
             refuse_changed_config(newest, config)
 
-        self.reader = ShardReader(config.data.train, size=config.stage.size, seed=training.seed)
+        shapes = tuple((width, height) for width, height in config.stage.buckets)
+        buckets = Buckets(shapes, training.batch_size) if shapes else None
+        told = progress and self.accelerator.is_main_process
+        with self.accelerator.main_process_first() if buckets else contextlib.nullcontext():  # it keeps the pictures' sizes for the others
+            self.reader = ShardReader(config.data.train, size=config.stage.size, seed=training.seed, buckets=buckets, progress=told)
         self.validation = ShardReader([config.data.validation], size=config.stage.size, seed=0) if config.data.validation else None
         conditioner = TextConditioner.from_config(config.stage.encoders, device=self.device)
         self.task = DiffusionTask(config.stage, conditioner, seed=training.seed, device=self.device, bf16=training.precision == "bf16")
@@ -90,7 +96,10 @@ class Trainer:
         if self.resumed_from is not None:
             self.state.restore(self.resumed_from)
         if training.compile:
-            self.network.compile()
+            if shapes:  # one compilation for each, since kernels for any shape are slower; beyond the limit it would stop compiling
+                dynamo = torch._dynamo.config
+                dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(shapes))
+            self.network.compile(dynamic=False if shapes else None)
         self.model: torch.nn.Module = self.accelerator.prepare_model(self.network)
         self.log = RunLog(
             self.root / "log.jsonl",
@@ -118,7 +127,9 @@ class Trainer:
             drop_later_snapshots(self.root, self.state.images_seen)
             if self.resumed_from is not None:
                 self._save_models(self.resumed_from)  # a kill may have come between the checkpoint and its model folder
-        self.log.event("start", self.state.images_seen, processes=self.world_size, **machine(self.device), **self.sizes())
+        counts = self.reader.bucket_samples()
+        more: dict[str, Any] = {"buckets": counts} if counts else {}
+        self.log.event("start", self.state.images_seen, processes=self.world_size, **machine(self.device), **self.sizes(), **more)
         with contextlib.closing(self.log), StopRequest(training.max_minutes) as stop:
             finished = False
             while not finished:

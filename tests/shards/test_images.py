@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from t2i_experts.shards.images import image_size, prepare, square, verify
+from t2i_experts.shards.images import centre_crop, image_size, prepare, square, upright_size, verify
 from t2i_experts.shards.transforms import decode_image
 
 Encode = Callable[..., bytes]
@@ -58,10 +58,44 @@ def test_large_jpegs_are_decoded_smaller_without_a_visible_difference(encode: En
     jpeg = encode(3, size, "JPEG", quality=95)
     png = saved(Image.open(io.BytesIO(jpeg)))
     assert np.abs(pixels(jpeg, 64) - pixels(png, 64)).mean() < 1
+    wide, same = (np.asarray(centre_crop(data, 96, 32)).astype(int) for data in (jpeg, png))
+    assert np.abs(wide - same).mean() < 1
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide, same = (
+        np.asarray(centre_crop(saved(Image.open(io.BytesIO(jpeg)), kind, exif=exif, quality=95), 96, 32)) for kind in ("JPEG", "PNG")
+    )
+    assert np.abs(wide.astype(int) - same).mean() < 1
 
 
 def test_upscaling(encode: Encode) -> None:
     assert decode_image(encode(0, (10, 20)), 32).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(("size", "shape", "box"), [
+    ((300, 200), (96, 48), (0, 25, 300, 175)), ((300, 200), (48, 96), (100, 0, 200, 200)), ((60, 40), (30, 20), (0, 0, 60, 40)),
+    ((40, 44), (40, 30), (0, 7, 40, 37)), ((20, 10), (64, 80), (6, 0, 14, 10)),
+])  # fmt: skip
+def test_the_largest_centre_part_of_a_shape(encode: Encode, size: tuple[int, int], shape: tuple[int, int], box: tuple[int, ...]) -> None:
+    data = encode(6, size)
+    expected = Image.open(io.BytesIO(data)).resize(shape, Image.Resampling.LANCZOS, box=box)
+    assert (np.asarray(centre_crop(data, *shape)) == np.asarray(expected)).all()
+    assert decode_image(data, *shape).shape == (3, shape[1], shape[0])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_shape_is_cut_from_the_upright_picture(encode: Encode, orientation: int, kind: str) -> None:
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(4, (96, 64), kind, exif=exif.tobytes(), **({"quality": 100} if kind != "PNG" else {}))
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert upright_size(data) == upright.size
+    width, height = (80, 64) if upright.width == 96 else (64, 80)
+    left, top = (upright.width - width) // 2, (upright.height - height) // 2
+    assert (np.asarray(centre_crop(data, width, height)) == np.asarray(upright.crop((left, top, left + width, top + height)))).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -126,7 +160,7 @@ def huge_png(width: int, height: int) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("read", [verify, prepare, image_size, lambda data: square(data, 64)])
+@pytest.mark.parametrize("read", [verify, prepare, image_size, upright_size, lambda data: square(data, 64)])
 def test_what_is_refused(encode: Encode, read: Callable[[bytes], object]) -> None:
     """Bombs, other formats, and nothing at all: always a ValueError, never Pillow's own kinds of error."""
     for data in (huge_png(12_000, 12_000), huge_png(60_000, 60_000), b"", b"GIF89a", b"<svg/>", b"\x89PNG\r\n\x1a\n"):
