@@ -152,9 +152,20 @@ def main(argv: Sequence[str] | None = None, table: Mapping[str, LazyCommand] = C
     try:
         build_root(table).main(args=argv, prog_name=PROGRAM, obj=session)
     except Exception as error:
-        raise SystemExit(report(error, debug=session["debug"])) from None
+        code = report(error, debug=session["debug"])
+        if _one_of_several_processes():
+            _flush()
+            os._exit(code)
+        raise SystemExit(code) from None
     finally:
         _flush()
+
+
+def _one_of_several_processes() -> bool:
+    """Whether this process of a launcher's has connections to others. Closing them at exit after an error may wait for the others, which
+    the launcher ends only when this one is gone: four processes that had all failed were seen to wait for each other for good."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _flush() -> None:
