@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 
-from t2i_experts.config.schema import EMAConfig, NetworkConfig, RunConfig, SamplingConfig, StageConfig, TrainingConfig
+from t2i_experts.config.schema import DataConfig, EMAConfig, NetworkConfig, RunConfig, SamplingConfig, StageConfig, TrainingConfig
 
 
 def check_sampling(sampling: SamplingConfig, prefix: str = "sampling.") -> None:
@@ -207,6 +207,22 @@ def _check_training(training: TrainingConfig) -> None:
         raise ValueError(f"training.preview.every_images={training.preview.every_images} needs training.preview.prompts; 0 draws none")
 
 
+_URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def is_url(path: str) -> bool:
+    """Whether shards are named by URL, to be read as streams, and not as a folder."""
+    return _URL.match(path) is not None
+
+
+def _check_urls(data: DataConfig) -> None:
+    folders = [path for path in data.train if not is_url(path)]
+    if folders and len(folders) < len(data.train):
+        raise ValueError(f"data.train={data.train} mixes URLs with folders ({', '.join(folders)}); name only folders, or only URLs")
+    if data.validation is not None and is_url(data.validation):
+        raise ValueError(f"data.validation={data.validation!r} must be a shard folder: only training reads streams; copy the shards")
+
+
 def check(config: RunConfig) -> None:
     """All rules that OmegaConf's types do not hold. Each error names the key, what it received and what is allowed."""
     check_stage(config.stage)
@@ -223,6 +239,7 @@ def check(config: RunConfig) -> None:
     check_sampling(preview, "training.preview.")
     if not config.data.train:
         raise ValueError("data.train is empty; name at least one shard folder")
+    _check_urls(config.data)
     _check_numbers(config, "", {"must be finite and not negative": ("data.workers",), "must lie in [0, 1)": ("data.max_unreadable",)})
     every = config.training.validation.every_images
     if every and config.data.validation is None:

@@ -8,12 +8,12 @@ import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from t2i_experts.shards.reader import Sample, ShardReader
+from t2i_experts.shards.reader import Sample
 
 Batch = TypeVar("Batch")
 
@@ -52,8 +52,14 @@ def _position_batches(start: int, stop: int | None, batch_size: int, micro: int,
         start += batch_size
 
 
+class SampleReader(Protocol):
+    """Gives a sample for each position, and is asked for a process's positions in order."""
+
+    def __getitem__(self, position: int, /) -> Sample: ...
+
+
 def open_loader(
-    reader: ShardReader,
+    reader: SampleReader,
     collate: Callable[[Sequence[Sample]], Batch],
     *,
     start: int,
@@ -91,7 +97,7 @@ def open_loader(
 class _Batches(Dataset[Any], Generic[Batch]):
     """A dataset whose index is a list of positions and whose item is their batch, or the message of what went wrong."""
 
-    def __init__(self, reader: ShardReader, collate: Callable[[Sequence[Sample]], Batch]) -> None:
+    def __init__(self, reader: SampleReader, collate: Callable[[Sequence[Sample]], Batch]) -> None:
         self._reader = reader
         self._collate = collate
 

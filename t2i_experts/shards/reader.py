@@ -17,7 +17,7 @@ from torch import Tensor
 
 from t2i_experts.shards.format import Manifest, ShardEntry, parse_captions
 from t2i_experts.shards.index import IndexFile, Row, check_tar, open_index
-from t2i_experts.shards.order import GlobalOrder, position_rng
+from t2i_experts.shards.order import GlobalOrder, choose
 from t2i_experts.shards.transforms import decode_image
 
 _OPEN_FILES = 256
@@ -27,11 +27,15 @@ _RETRY_AFTER = (0.1, 1.0)  # seconds
 
 @dataclass(frozen=True)
 class Unreadable:
-    """What cannot be read, and why. shard: path of its tar. key: the sample's, or None if the tar as a whole cannot be read."""
+    """What cannot be read, and why. shard: path or URL of its tar. key: the sample's, or None if the tar as a whole cannot be read.
+
+    draws: how many samples it counts as; more than one for the rest of a tar that is read as a stream.
+    """
 
     shard: str
     key: str | None
     why: str
+    draws: int = 1
 
 
 class UnreadableSample(ValueError):
@@ -116,8 +120,7 @@ class ShardReader:
         while len(unreadable) < _ATTEMPTS:
             try:
                 raw = self.raw(self.order.substitute(position, len(unreadable)) if unreadable else self.order[position])
-                several = len(raw.captions) > 1
-                choice = int(position_rng(self.seed, position, "caption").integers(len(raw.captions))) if several else 0
+                choice = choose(len(raw.captions), self.seed, position, "caption")
                 return replace(self._sample(position, raw, raw.captions[choice]), unreadable=tuple(unreadable))
             except UnreadableSample as error:
                 unreadable.append(error.what)

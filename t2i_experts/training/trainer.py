@@ -22,8 +22,8 @@ from t2i_experts.cascade.stage import Stage, build_network
 from t2i_experts.conditioning.conditioner import TextConditioner
 from t2i_experts.config import RunConfig, to_plain, to_yaml
 from t2i_experts.diffusion.precond import EDMPrecond
-from t2i_experts.shards.loader import open_loader
 from t2i_experts.shards.reader import ShardReader
+from t2i_experts.shards.stream import StreamReader, open_batches, open_reader
 from t2i_experts.training.divergence import LossWatch, TrainingDiverged
 from t2i_experts.training.ema import build_ema
 from t2i_experts.training.optim import build_optimizer, learning_rate
@@ -69,7 +69,7 @@ class Trainer:
         if newest is not None:
             refuse_changed_config(newest, config)
 
-        self.reader = ShardReader(config.data.train, size=config.stage.size, seed=training.seed)
+        self.reader = open_reader(config.data.train, size=config.stage.size, seed=training.seed, processes=self.world_size)
         self.validation = ShardReader([config.data.validation], size=config.stage.size, seed=0) if config.data.validation else None
         conditioner = TextConditioner.from_config(config.stage.encoders, device=self.device)
         self.task = DiffusionTask(config.stage, conditioner, seed=training.seed, device=self.device, bf16=training.precision == "bf16")
@@ -119,6 +119,8 @@ class Trainer:
             if self.resumed_from is not None:
                 self._save_models(self.resumed_from)  # a kill may have come between the checkpoint and its model folder
         self.log.event("start", self.state.images_seen, processes=self.world_size, **machine(self.device), **self.sizes())
+        if isinstance(self.reader, StreamReader):
+            self.log.warn(self.reader.guarantee)
         with contextlib.closing(self.log), StopRequest(training.max_minutes) as stop:
             finished = False
             while not finished:
@@ -173,13 +175,14 @@ class Trainer:
         self.log.event("rollback", self.state.images_seen, diverged_at=diverged_at, reason=reason, rate_scale=self.state.rate_scale)
 
     def sizes(self) -> dict[str, int]:
-        """Parameters of the network, and samples of the shards."""
-        return {"parameters": sum(p.numel() for p in self.network.parameters()), "samples": self.reader.samples}
+        """Parameters of the network, and samples of the shards; of shards behind URLs, tars."""
+        data = {"tars": len(self.reader.tars)} if isinstance(self.reader, StreamReader) else {"samples": self.reader.samples}
+        return {"parameters": sum(p.numel() for p in self.network.parameters()), **data}
 
     def _batches(self) -> Generator[Batch, None, None]:
         """This process's micro-batches from where the run stands, without end."""
         training = self.config.training
-        return open_loader(
+        return open_batches(
             self.reader,
             self.task.collate(),
             start=self.state.images_seen,
