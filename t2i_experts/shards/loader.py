@@ -136,7 +136,20 @@ def _unchanged(batch: Batch) -> Batch:
 
 
 def _unpacked(batches: Iterator[Batch | _Unreadable]) -> Generator[Batch, None, None]:
-    for batch in batches:
-        if isinstance(batch, _Unreadable):
-            raise ValueError(str(batch))
-        yield batch
+    try:
+        for batch in batches:
+            if isinstance(batch, _Unreadable):
+                raise ValueError(str(batch))
+            yield batch
+    finally:
+        _end_workers(batches)
+
+
+def _end_workers(batches: Any) -> None:
+    """Ends the workers, and by force those that wait for data: they do not hear SIGTERM, and this process could not exit before them."""
+    workers = getattr(batches, "_workers", [])  # none without worker processes
+    if workers:
+        batches._shutdown_workers()
+    for worker in workers:
+        worker.kill()
+        worker.join()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import io
+import multiprocessing
 import tarfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,21 @@ def test_fsspec(tmp_path: Path, make_shards: MakeShards, tar_server: Any, protoc
     found = samples(StreamReader(urls, size=4, seed=0), 60, batch_size=5, workers=2)
     assert {sample.key for sample in found} == {f"{i:05d}" for i in range(10)}
     assert {(what.shard, what.key) for sample in found for what in sample.unreadable} == {(urls[2], None)}
+
+
+def test_a_worker_that_waits_for_data_keeps_nobody_waiting(
+    tmp_path: Path, make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_shards(tmp_path, 10, per_shard=10)
+    monkeypatch.setattr(stream, "BUFFER_SAMPLES", 2)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
+    reader = StreamReader([f"pipe:cat {tmp_path}/00000.tar; sleep 5"], size=4, seed=0)
+    options: dict[str, Any] = {"start": 0, "stop": None, "batch_size": 4, "accumulation": 1, "rank": 0, "world_size": 1, "workers": 1}
+    batches = open_batches(reader, collate, **options)
+    assert len(next(batches)) == 4
+    started = time.monotonic()
+    batches.close()
+    assert not multiprocessing.active_children() and time.monotonic() - started < 3
 
 
 def make_tar(members: Sequence[tuple[str, bytes]]) -> bytes:
