@@ -203,7 +203,7 @@ class _Share:
     def _tar(self, tar: str) -> Iterator[StreamedSample | Unreadable]:
         """What a tar gives. If it breaks off, it counts as so many unreadable draws as it probably has samples left."""
         given = 0
-        for found in read_tar(tar):
+        for found in read_tar(tar, patient=tar not in self._barren):
             if isinstance(found, Unreadable) and found.key is None:
                 mean = self._samples // self._tars if self._tars else 1
                 yield replace(found, draws=max(1, mean - given))

@@ -39,14 +39,16 @@ class StreamedSample:
         return len(self.image) + len(self.text or b"") + len(self.fields or b"")
 
 
-def read_tar(url: str) -> Iterator[StreamedSample | Unreadable]:
+def read_tar(url: str, *, patient: bool = True) -> Iterator[StreamedSample | Unreadable]:
     """The samples of a tar in their order there, and what is wrong with those that are broken.
+
+    patient: with further attempts, after `RETRY_AFTER`.
 
     An attempt that fails in the middle is followed by one that begins anew and passes over what has been given already. When the last has
     failed too, the end is an Unreadable of the whole tar; that comes sooner if there is no such file, or the same damage twice.
     """
     given, before = 0, ""
-    for seconds in (*RETRY_AFTER, None):
+    for seconds in (*(RETRY_AFTER if patient else ()), None):
         try:
             with open_url(url) as stream:
                 for i, found in enumerate(read_samples(url, stream)):

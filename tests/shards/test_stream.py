@@ -7,6 +7,7 @@ import io
 import multiprocessing
 import tarfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,18 @@ def test_nothing_left_to_read_is_an_error(tmp_path: Path, url: str, tar_server: 
     tar.write_bytes(tar.read_bytes().replace(b"IDAT", b"IDAX"))
     with pytest.raises(ValueError, match=r"sample '0000\d': [^\n]* 1 tars in a row"):
         samples(StreamReader([f"file://{tar}"], size=4, seed=0), 32)
+
+
+def test_an_error_does_not_wait_for_the_same_tar_again(url: str, tar_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two shares of two tars comes upon one of them several times before the other, in epochs of one tar each."""
+    waited: list[float] = []
+    monkeypatch.setattr(tar_stream.time, "sleep", waited.append)
+    tar_server.answers = defaultdict(lambda: [503] * 1000)
+    first, second = (url.replace("{00000..00003}", f"0000{i}") for i in range(2))
+    for seed in range(8):
+        with pytest.raises(ValueError, match="2 tars in a row"):
+            samples(StreamReader([first, second], size=4, seed=seed), 8, world_size=2)
+    assert len(waited) == 8 * 8
 
 
 def test_pipes(tmp_path: Path, make_shards: MakeShards, tar_server: Any) -> None:
