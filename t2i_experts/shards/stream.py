@@ -19,7 +19,7 @@ from torch.utils.data import get_worker_info
 
 from t2i_experts.config import is_url
 from t2i_experts.shards.format import parse_captions
-from t2i_experts.shards.loader import open_loader
+from t2i_experts.shards.loader import SampleReader, open_loader
 from t2i_experts.shards.order import GlobalOrder, choose, position_rng
 from t2i_experts.shards.reader import Sample, ShardReader, Unreadable
 from t2i_experts.shards.tar_stream import StreamedSample, read_tar
@@ -37,7 +37,7 @@ _SAMPLES_IN_A_ROW = 100_000
 
 
 class StreamReader:
-    """The samples of tars behind URLs as one dataset. It holds no state: `open_stream` begins reading, anywhere and as often as wanted.
+    """The samples of tars behind URLs as one dataset. It holds no state: `open_batches` begins reading, anywhere and as often as wanted.
 
     dataset_hash: of the URLs; what lies behind them is not looked at.
     """
@@ -102,8 +102,11 @@ def open_batches(
     """
     if isinstance(reader, StreamReader):
         workers = min(workers, len(reader.tars) // world_size)
+        source: SampleReader = _Stream(reader, start, rank, world_size, workers)
+    else:
+        source = reader
     return open_loader(
-        _Stream(reader, start, rank, world_size, workers) if isinstance(reader, StreamReader) else reader,
+        source,
         collate,
         start=start,
         stop=stop,
