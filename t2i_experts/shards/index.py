@@ -27,7 +27,7 @@ _BLOCK = 512
 _HEADER = "t2i-experts shard index 1"
 _MAX_READ = 2**20
 _MAX_HEADER = 2**26
-READ_EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json")
+_READ = (*IMAGE_EXTENSIONS, "txt", "json")
 BAD_KEY = f"its key holds a zero byte or is longer than {MAX_KEY_BYTES:,} bytes"
 
 
@@ -117,7 +117,7 @@ def scan(tar: Path) -> Scan:
                     unsorted = unsorted or key
                 last = key
                 members = samples.setdefault(key, {})
-                if extension not in READ_EXTENSIONS:
+                if extension not in _READ:
                     continue
                 if extension in members:
                     wrong[key] = f"it has two members .{extension}"

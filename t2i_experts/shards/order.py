@@ -91,11 +91,6 @@ def position_rng(seed: int, position: int, purpose: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=_philox_key(seed, purpose), counter=counter))
 
 
-def choose(count: int, seed: int, position: int, purpose: str) -> int:
-    """One of `count` things, in [0, count), drawn for a position and a purpose."""
-    return int(position_rng(seed, position, purpose).integers(count)) if count > 1 else 0
-
-
 @functools.lru_cache(maxsize=64)
 def _philox_key(seed: int, purpose: str) -> NDArray[np.uint64]:
     return np.frombuffer(hashlib.blake2b(f"{purpose}/{seed}".encode(), digest_size=16).digest(), "<u8")

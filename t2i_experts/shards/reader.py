@@ -17,7 +17,7 @@ from torch import Tensor
 
 from t2i_experts.shards.format import Manifest, ShardEntry, parse_captions
 from t2i_experts.shards.index import IndexFile, Row, check_tar, open_index
-from t2i_experts.shards.order import GlobalOrder, choose
+from t2i_experts.shards.order import GlobalOrder, position_rng
 from t2i_experts.shards.transforms import decode_image
 
 _OPEN_FILES = 256
@@ -120,7 +120,8 @@ class ShardReader:
         while len(unreadable) < _ATTEMPTS:
             try:
                 raw = self.raw(self.order.substitute(position, len(unreadable)) if unreadable else self.order[position])
-                choice = choose(len(raw.captions), self.seed, position, "caption")
+                several = len(raw.captions) > 1
+                choice = int(position_rng(self.seed, position, "caption").integers(len(raw.captions))) if several else 0
                 return replace(self._sample(position, raw, raw.captions[choice]), unreadable=tuple(unreadable))
             except UnreadableSample as error:
                 unreadable.append(error.what)

@@ -20,7 +20,7 @@ from torch.utils.data import get_worker_info
 from t2i_experts.config import is_url
 from t2i_experts.shards.format import parse_captions
 from t2i_experts.shards.loader import SampleReader, open_loader
-from t2i_experts.shards.order import GlobalOrder, choose, position_rng
+from t2i_experts.shards.order import GlobalOrder, position_rng
 from t2i_experts.shards.reader import Sample, ShardReader, Unreadable
 from t2i_experts.shards.tar_stream import StreamedSample, read_tar
 from t2i_experts.shards.transforms import decode_image
@@ -62,7 +62,8 @@ class StreamReader:
         """A sample at a position, which chooses its caption. Raises ValueError for a picture or captions that are broken."""
         captions, metadata = parse_captions(stored.text, stored.fields)
         image = decode_image(stored.image, self.size)
-        return Sample(position, stored.key, image, captions[choose(len(captions), self.seed, position, "caption")], metadata)
+        choice = int(position_rng(self.seed, position, "caption").integers(len(captions)))
+        return Sample(position, stored.key, image, captions[choice], metadata)
 
 
 def open_reader(paths: Sequence[str | Path], *, size: int, seed: int, processes: int) -> ShardReader | StreamReader:

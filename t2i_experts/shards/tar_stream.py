@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from t2i_experts.shards.format import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, MAX_TEXT_BYTES
-from t2i_experts.shards.index import BAD_KEY, READ_EXTENSIONS, bad_key, sample_member, sample_row, walk, what_lacks
+from t2i_experts.shards.index import BAD_KEY, bad_key, sample_member, sample_row, walk, what_lacks
 from t2i_experts.shards.reader import Unreadable
 from t2i_experts.shards.urls import ByteStream, is_gone, open_url
 
 RETRY_AFTER = (1.0, 2.0, 4.0, 8.0)
 """Seconds before each further attempt to read a tar."""
 
+_READ = (*IMAGE_EXTENSIONS, "txt", "json")
 _BLOCK = 512
 _CHUNK = 2**20
 
@@ -90,7 +91,7 @@ def read_samples(url: str, stream: ByteStream) -> Iterator[StreamedSample | Unre
             yield Unreadable(url, f"{key[:64]}...", BAD_KEY)
             continue
         parts = parts or _Parts(key)
-        if extension in READ_EXTENSIONS:
+        if extension in _READ:
             parts.add(extension, member, file)
     if parts is not None:
         yield parts.sample(url)
