@@ -1,6 +1,7 @@
 """For all tests: one thread a process, no network, no plugins, `gpu` tests only where there is CUDA; a tiny world of random weights.
 
 `t5_folder` and `clip_folder` hold encoders, `model_folder` a model that generates, and `write_config` configs of runs that take seconds.
+`tar_server` serves shards over HTTP.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import io
 import json
 import os
 import socket
-from collections.abc import Callable
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,3 +217,55 @@ sampling: {{steps: 3, guidance: 2.0}}
         return path
 
     return write
+
+
+@pytest.fixture
+def tar_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TarServer]:
+    """Serves tmp_path over HTTP; readers of streams try again at once."""
+    from t2i_experts.shards import tar_stream
+
+    monkeypatch.setattr(tar_stream, "RETRY_AFTER", (0.0,) * len(tar_stream.RETRY_AFTER))
+    monkeypatch.setenv("no_proxy", "*")
+    with TarServer(tmp_path) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+class TarServer(ThreadingHTTPServer):
+    """answers[PATH]: what the next requests for it get before it is served: an HTTP status, or "cut", half of the file.
+
+    requests: how many there were of each.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), TarHandler)
+        self.folder = folder
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.answers: defaultdict[str, list[int | str]] = defaultdict(list)
+        self.requests: Counter[str] = Counter()
+
+
+class TarHandler(BaseHTTPRequestHandler):
+    server: TarServer
+
+    def do_GET(self) -> None:
+        path = self.path.lstrip("/")
+        self.server.requests[path] += 1
+        answers, file = self.server.answers[path], self.server.folder / path
+        answer = answers.pop(0) if answers else 200 if file.is_file() else 404
+        if isinstance(answer, int) and answer != 200:
+            self.send_error(answer)
+            return
+        data = file.read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if answer == "cut" else data)
+
+    def log_message(self, *arguments: object) -> None:
+        pass

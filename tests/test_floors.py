@@ -39,7 +39,9 @@ EVERYWHERE = {"numpy", "torch", "tqdm"}
 DOORS = {
     "PIL": ("charts", "shards", "paint", "cascade.picture", "cli"),
     "accelerate": ("training", "evaluation"),
+    "braceexpand": ("shards.urls",),
     "diffusers": ("cascade.interop",),
+    "fsspec": ("shards.urls",),
     "ftfy": ("conditioning.spans",),
     "gradio": ("ui",),
     "huggingface_hub": ("conditioning", "cascade.model_folder", "training.state"),
@@ -51,7 +53,7 @@ DOORS = {
     "transformers": ("conditioning.t5", "cascade.interop"),
     "typer": ("cli",),
     "wandb": ("training.trackers",),
-    "webdataset": ("shards",),
+    "webdataset": ("shards.urls",),
 }
 
 DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open-clip-torch", "huggingface_hub": "huggingface-hub"}

@@ -33,7 +33,8 @@ def train(
         print(f"going on from {trainer.resumed_from}", file=sys.stderr)
     if main:
         seen, total, size = trainer.state.images_seen, resolved.training.images, trainer.sizes()
-        print(f"{size['parameters']:,} parameters on {trainer.device}, {size['samples']:,} samples, into {trainer.root}", file=sys.stderr)
+        data = f"{size['samples']:,} samples" if "samples" in size else f"{size['tars']:,} remote tars"
+        print(f"{size['parameters']:,} parameters on {trainer.device}, {data}, into {trainer.root}", file=sys.stderr)
         if seen > total:
             print(f"the run has already seen {seen:,} images, more than training.images={total:,}", file=sys.stderr)
     try:

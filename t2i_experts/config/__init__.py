@@ -15,7 +15,7 @@ from t2i_experts.config.files import (
     trace_config,
 )
 from t2i_experts.config.origins import Setting
-from t2i_experts.config.rules import check_sampling, check_stage, check_stage_name
+from t2i_experts.config.rules import check_sampling, check_stage, check_stage_name, is_url
 from t2i_experts.config.schema import (
     DataConfig,
     EMAConfig,
@@ -55,6 +55,7 @@ __all__ = [
     "check_stage_name",
     "differences",
     "from_plain",
+    "is_url",
     "load_config",
     "read_files",
     "shipped_configs",

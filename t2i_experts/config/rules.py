@@ -233,6 +233,25 @@ def _check_training(training: TrainingConfig) -> None:
         raise ValueError(f"training.preview.every_images={training.preview.every_images} needs training.preview.prompts; 0 draws none")
 
 
+_URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def is_url(path: str) -> bool:
+    """Whether shards are named by URL, to be read as streams, and not as a folder."""
+    return _URL.match(path) is not None
+
+
+def _check_urls(config: RunConfig) -> None:
+    data = config.data
+    folders = [path for path in data.train if not is_url(path)]
+    if folders and len(folders) < len(data.train):
+        raise ValueError(f"data.train={data.train} mixes URLs with folders ({', '.join(folders)}); name only folders, or only URLs")
+    if config.stage.buckets and not folders:
+        raise ValueError("stage.buckets sorts pictures by their sizes beforehand; it needs folders in data.train, which names URLs")
+    if data.validation is not None and is_url(data.validation):
+        raise ValueError(f"data.validation={data.validation!r} must be a shard folder: only training reads streams; copy the shards")
+
+
 def check(config: RunConfig) -> None:
     """All rules that OmegaConf's types do not hold. Each error names the key, what it received and what is allowed."""
     check_stage(config.stage)
@@ -249,6 +268,7 @@ def check(config: RunConfig) -> None:
     check_sampling(preview, "training.preview.")
     if not config.data.train:
         raise ValueError("data.train is empty; name at least one shard folder")
+    _check_urls(config)
     _check_numbers(config, "", {"must be finite and not negative": ("data.workers",), "must lie in [0, 1)": ("data.max_unreadable",)})
     every = config.training.validation.every_images
     if every and config.data.validation is None:

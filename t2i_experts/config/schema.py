@@ -93,6 +93,7 @@ class StageConfig:
 class DataConfig:
     """Shard folders. `validation` is never trained on; `workers` decode images beside each training process.
 
+    train: folders, or URLs of tars, which are read as streams with a weaker guarantee (shards/README.md).
     max_unreadable: a sample that cannot be read is replaced by another one; the run ends when more than this share of draws was unreadable.
     """
 

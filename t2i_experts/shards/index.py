@@ -6,10 +6,10 @@ import dataclasses
 import json
 import struct
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 from t2i_experts.shards.format import (
     IMAGE_EXTENSIONS,
@@ -28,6 +28,7 @@ _HEADER = "t2i-experts shard index 1"
 _MAX_READ = 2**20
 _MAX_HEADER = 2**26
 _READ = (*IMAGE_EXTENSIONS, "txt", "json")
+BAD_KEY = f"its key holds a zero byte or is longer than {MAX_KEY_BYTES:,} bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,19 +103,15 @@ def scan(tar: Path) -> Scan:
     unsorted: str | None = None
     last, end = "", 0
     try:
-        with open(tar, "rb") as file, tarfile.open(fileobj=_Headers(file), mode="r:") as archive:  # type: ignore[call-overload]
-            for member in _members(archive):
+        with open(tar, "rb") as file:
+            for member in walk(file):
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-                name = split_member(member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise ValueError(f"member {member.name!r} is no plain file")
+                name = sample_member(member)
                 if name is None:
                     continue
                 key, extension = name
-                if len(key.encode()) > MAX_KEY_BYTES or "\0" in key:
-                    wrong[f"{key[:64]}..."] = f"its key holds a zero byte or is longer than {MAX_KEY_BYTES:,} bytes"
+                if bad_key(key):
+                    wrong[f"{key[:64]}..."] = BAD_KEY
                     continue
                 if key != last and key in samples:
                     unsorted = unsorted or key
@@ -131,21 +128,68 @@ def scan(tar: Path) -> Scan:
     rows = []
     while samples:  # taken apart, so that a sample is not in memory twice
         key, members = samples.popitem()
-        images = [members[extension] for extension in IMAGE_EXTENSIONS if extension in members]
-        if len(images) != 1:
-            wrong.setdefault(key, "it has no image (jpg, png or webp)" if not images else "it has several images")
-        elif "txt" not in members and "json" not in members:
-            wrong.setdefault(key, "it has no caption (txt or json)")
+        if (lacks := what_lacks(members)) is not None:
+            wrong.setdefault(key, lacks)
         if key not in wrong:
-            rows.append(Row(key, images[0], members.get("txt", (0, 0)), members.get("json", (0, 0))))
+            rows.append(sample_row(key, members))
     rows.sort(key=lambda row: row.key.encode())
     return Scan(tuple(rows), tuple(sorted(wrong.items())), unsorted)
+
+
+def walk(file: Source) -> Iterator[tarfile.TarInfo]:
+    """The members of an uncompressed tar, one by one; tarfile itself would keep them all. It reads headers alone.
+
+    Raises ValueError for a size that would lead it back, without end, and tarfile's errors for what is damaged.
+    """
+    with tarfile.open(fileobj=_Headers(file), mode="r:") as archive:  # type: ignore[call-overload]
+        while (member := archive.next()) is not None:
+            archive.members.clear()
+            if member.size < 0 or archive.offset < member.offset_data:
+                raise ValueError(f"member {member.name[:64]!r} has the size {member.size}")
+            yield member
+
+
+def sample_member(member: tarfile.TarInfo) -> tuple[str, str] | None:
+    """(key, extension) of a member, None for one that belongs to no sample. ValueError for links, devices, absolute paths and `..`."""
+    name = split_member(member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
+    if member.isdir():
+        return None
+    if not member.isreg() or member.issparse():
+        raise ValueError(f"member {member.name!r} is no plain file")
+    return name
+
+
+def bad_key(key: str) -> bool:
+    """Whether no sample may have this key, as `BAD_KEY` says."""
+    return len(key.encode()) > MAX_KEY_BYTES or "\0" in key
+
+
+def what_lacks(extensions: Collection[str]) -> str | None:
+    """What keeps members with these extensions from being a sample; None if nothing does."""
+    images = sum(extension in extensions for extension in IMAGE_EXTENSIONS)
+    if images != 1:
+        return "it has several images" if images else "it has no image (jpg, png or webp)"
+    return None if "txt" in extensions or "json" in extensions else "it has no caption (txt or json)"
+
+
+def sample_row(key: str, members: Mapping[str, tuple[int, int]]) -> Row:
+    """The row of a sample to which nothing lacks, from the (offset, bytes) of its members by extension."""
+    (image,) = (members[extension] for extension in IMAGE_EXTENSIONS if extension in members)
+    return Row(key, image, members.get("txt", (0, 0)), members.get("json", (0, 0)))
+
+
+class Source(Protocol):
+    """What a tar is read from. `seek` only ever goes forwards."""
+
+    def read(self, size: int, /) -> bytes: ...
+    def seek(self, offset: int, /) -> object: ...
+    def tell(self) -> int: ...
 
 
 class _Headers:
     """A file from which tarfile reads headers. An extended header (a long name) may claim any size, and would be read into memory."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: Source) -> None:
         self._file = file
         self.seek, self.tell = file.seek, file.tell
 
@@ -154,15 +198,6 @@ class _Headers:
         if not 0 <= size <= _MAX_READ:
             raise ValueError(f"a header claims {size:,} bytes; at most {_MAX_READ:,} are read")
         return self._file.read(size)
-
-
-def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members one by one; tarfile itself would keep them all. Raises ValueError for a size that would lead it back, without end."""
-    while (member := archive.next()) is not None:
-        archive.members.clear()  # type: ignore[attr-defined]
-        if member.size < 0 or archive.offset < member.offset_data:
-            raise ValueError(f"member {member.name[:64]!r} has the size {member.size}")
-        yield member
 
 
 def _check_end(tar: Path, end: int) -> None:

@@ -8,12 +8,13 @@ import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from t2i_experts.shards.reader import Sample, ShardReader
+from t2i_experts.shards.buckets import Buckets
+from t2i_experts.shards.reader import Sample
 
 Batch = TypeVar("Batch")
 
@@ -52,8 +53,16 @@ def _position_batches(start: int, stop: int | None, batch_size: int, micro: int,
         start += batch_size
 
 
+class SampleReader(Protocol):
+    """Gives a sample for each position, and is asked for a process's positions in order. buckets: that its order is made of, if it is."""
+
+    buckets: Buckets | None
+
+    def __getitem__(self, position: int, /) -> Sample: ...
+
+
 def open_loader(
-    reader: ShardReader,
+    reader: SampleReader,
     collate: Callable[[Sequence[Sample]], Batch],
     *,
     start: int,
@@ -95,7 +104,7 @@ def open_loader(
 class _Batches(Dataset[Any], Generic[Batch]):
     """A dataset whose index is a list of positions and whose item is their batch, or the message of what went wrong."""
 
-    def __init__(self, reader: ShardReader, collate: Callable[[Sequence[Sample]], Batch]) -> None:
+    def __init__(self, reader: SampleReader, collate: Callable[[Sequence[Sample]], Batch]) -> None:
         self._reader = reader
         self._collate = collate
 
@@ -134,7 +143,20 @@ def _unchanged(batch: Batch) -> Batch:
 
 
 def _unpacked(batches: Iterator[Batch | _Unreadable]) -> Generator[Batch, None, None]:
-    for batch in batches:
-        if isinstance(batch, _Unreadable):
-            raise ValueError(str(batch))
-        yield batch
+    try:
+        for batch in batches:
+            if isinstance(batch, _Unreadable):
+                raise ValueError(str(batch))
+            yield batch
+    finally:
+        _end_workers(batches)
+
+
+def _end_workers(batches: Any) -> None:
+    """Ends the workers, and by force those that wait for data: they do not hear SIGTERM, and this process could not exit before them."""
+    workers = getattr(batches, "_workers", [])  # none without worker processes
+    if workers:
+        batches._shutdown_workers()
+    for worker in workers:
+        worker.kill()
+        worker.join()

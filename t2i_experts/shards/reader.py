@@ -30,11 +30,15 @@ _RETRY_AFTER = (0.1, 1.0)  # seconds
 
 @dataclass(frozen=True)
 class Unreadable:
-    """What cannot be read, and why. shard: path of its tar. key: the sample's, or None if the tar as a whole cannot be read."""
+    """What cannot be read, and why. shard: path or URL of its tar. key: the sample's, or None if the tar as a whole cannot be read.
+
+    draws: how many samples it counts as; more than one for the rest of a tar that is read as a stream.
+    """
 
     shard: str
     key: str | None
     why: str
+    draws: int = 1
 
 
 class UnreadableSample(ValueError):

@@ -1,7 +1,8 @@
 """What a run tells: a line of JSON for each event in RUN/log.jsonl, a progress bar with images per second and the end time, and, out of
 these, the page of `report` and what `trackers` pass on.
 
-    start       processes, device, device_name, versions, parameters, samples, buckets (samples of each, if there are any)
+    start       processes, device, device_name, versions, parameters, samples (or tars, of shards behind URLs), buckets (samples of each,
+                if there are any)
     train       loss, grad_norm, learning_rate, images_per_second, data_wait (share of the time of steps), peak_memory_gib,
                 unreadable_draws
     validation  loss, standard_error, images, bins (sigma_lo, sigma_hi, loss, standard_error)

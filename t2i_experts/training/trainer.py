@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -24,8 +23,8 @@ from t2i_experts.conditioning.conditioner import TextConditioner
 from t2i_experts.config import RunConfig, to_plain, to_yaml
 from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.shards.buckets import Buckets
-from t2i_experts.shards.loader import open_loader
 from t2i_experts.shards.reader import ShardReader
+from t2i_experts.shards.stream import StreamReader, open_batches, open_reader
 from t2i_experts.training.divergence import LossWatch, TrainingDiverged
 from t2i_experts.training.ema import build_ema
 from t2i_experts.training.optim import build_optimizer, learning_rate
@@ -75,7 +74,14 @@ class Trainer:
         buckets = Buckets(shapes, training.batch_size) if shapes else None
         told = progress and self.accelerator.is_main_process
         with self.accelerator.main_process_first() if buckets else contextlib.nullcontext():  # it keeps the pictures' sizes for the others
-            self.reader = ShardReader(config.data.train, size=config.stage.size, seed=training.seed, buckets=buckets, progress=told)
+            self.reader = open_reader(
+                config.data.train,
+                size=config.stage.size,
+                seed=training.seed,
+                processes=self.world_size,
+                buckets=buckets,
+                progress=told,
+            )
         self.validation = ShardReader([config.data.validation], size=config.stage.size, seed=0) if config.data.validation else None
         conditioner = TextConditioner.from_config(config.stage.encoders, device=self.device)
         self.task = DiffusionTask(config.stage, conditioner, seed=training.seed, device=self.device, bf16=training.precision == "bf16")
@@ -127,9 +133,11 @@ class Trainer:
             drop_later_snapshots(self.root, self.state.images_seen)
             if self.resumed_from is not None:
                 self._save_models(self.resumed_from)  # a kill may have come between the checkpoint and its model folder
-        counts = self.reader.bucket_samples()
-        more: dict[str, Any] = {"buckets": counts} if counts else {}
-        self.log.event("start", self.state.images_seen, processes=self.world_size, **machine(self.device), **self.sizes(), **more)
+        self.log.event(
+            "start", self.state.images_seen, processes=self.world_size, **machine(self.device), **self.sizes(), **self._bucket_samples()
+        )
+        if isinstance(self.reader, StreamReader):
+            self.log.warn(self.reader.guarantee)
         with contextlib.closing(self.log), StopRequest(training.max_minutes) as stop:
             finished = False
             while not finished:
@@ -185,13 +193,19 @@ class Trainer:
         self.log.event("rollback", self.state.images_seen, diverged_at=diverged_at, reason=reason, rate_scale=self.state.rate_scale)
 
     def sizes(self) -> dict[str, int]:
-        """Parameters of the network, and samples of the shards."""
-        return {"parameters": sum(p.numel() for p in self.network.parameters()), "samples": self.reader.samples}
+        """Parameters of the network, and samples of the shards; of shards behind URLs, tars."""
+        data = {"tars": len(self.reader.tars)} if isinstance(self.reader, StreamReader) else {"samples": self.reader.samples}
+        return {"parameters": sum(p.numel() for p in self.network.parameters()), **data}
+
+    def _bucket_samples(self) -> dict[str, dict[str, int]]:
+        """Samples of each bucket, for the log; nothing without buckets."""
+        counts = self.reader.bucket_samples() if isinstance(self.reader, ShardReader) else {}
+        return {"buckets": counts} if counts else {}
 
     def _batches(self) -> Generator[Batch, None, None]:
         """This process's micro-batches from where the run stands, without end."""
         training = self.config.training
-        return open_loader(
+        return open_batches(
             self.reader,
             self.task.collate(),
             start=self.state.images_seen,

@@ -36,7 +36,7 @@ class UnreadableSamples:
     def note(self, found: Sequence[Unreadable], *, drawn: bool) -> None:
         """Keeps what this process found until `tell`. drawn: for training, which counts for the share, and not for validation."""
         self._waiting.extend(found)
-        self._waiting_draws += len(found) * drawn
+        self._waiting_draws += sum(what.draws for what in found) * drawn
 
     def rewind(self, images_seen: int) -> None:
         """The run goes back to `images_seen`: from there on its draws are counted anew."""
