@@ -19,13 +19,13 @@ from torch import Tensor
 
 from t2i_experts.cascade.model_folder import save_model
 from t2i_experts.cascade.stage import Stage, build_network
-from t2i_experts.conditioning.conditioner import TextConditioner
 from t2i_experts.config import RunConfig, to_plain, to_yaml
 from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.shards.loader import open_loader
 from t2i_experts.shards.reader import ShardReader
 from t2i_experts.training.divergence import LossWatch, TrainingDiverged
 from t2i_experts.training.ema import build_ema
+from t2i_experts.training.embeddings import open_conditioner, stored_embeddings
 from t2i_experts.training.optim import build_optimizer, learning_rate
 from t2i_experts.training.posthoc import drop_later_snapshots, write_snapshots
 from t2i_experts.training.power_ema import PowerFunctionEMA
@@ -69,9 +69,12 @@ class Trainer:
         if newest is not None:
             refuse_changed_config(newest, config)
 
-        self.reader = ShardReader(config.data.train, size=config.stage.size, seed=training.seed)
-        self.validation = ShardReader([config.data.validation], size=config.stage.size, seed=0) if config.data.validation else None
-        conditioner = TextConditioner.from_config(config.stage.encoders, device=self.device)
+        embeddings, size, held_out = stored_embeddings(config), config.stage.size, config.data.validation
+        self.reader = ShardReader(config.data.train, size=size, seed=training.seed, embeddings=embeddings)
+        self.validation = ShardReader([held_out], size=size, seed=0, embeddings=embeddings) if held_out else None
+        conditioner = open_conditioner(
+            config, self.reader, self.validation, device=self.device, main_process=self.accelerator.is_main_process
+        )
         self.task = DiffusionTask(config.stage, conditioner, seed=training.seed, device=self.device, bf16=training.precision == "bf16")
 
         if self.accelerator.is_main_process:
