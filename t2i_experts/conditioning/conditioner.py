@@ -43,7 +43,7 @@ class Encoder(Protocol):
     reads: what `encode` takes: `Tokens` of its own `tokenizer`, or images (B, 3, H, W) float in [-1, 1] (and `tokenizer` is None).
     A class that reads text has, besides `load`, `load_tokenizer(config, root)`, which returns the tokeniser without reading weights.
     max_tokens: L of its embeddings; 1 for images. width, pooled_width: D and P (0: no pooled vector).
-    model: its weights, frozen; `encode` runs where they are and returns float32.
+    model: its weights, frozen; `encode` runs where they are and returns float32, and its padding follows the real tokens.
     """
 
     kind: str

@@ -150,9 +150,11 @@ def scan(tar: Path) -> Scan:
     rows = []
     while samples:  # taken apart, so that a sample is not in memory twice
         key, members = samples.popitem()
+        orphan = members and all(extension.endswith(_EMBEDDING) for extension in members)
         images = [members[extension] for extension in IMAGE_EXTENSIONS if extension in members]
         if len(images) != 1:
-            wrong.setdefault(key, "it has no image (jpg, png or webp)" if not images else "it has several images")
+            lone = "its embeddings belong to no sample" if orphan else "it has no image (jpg, png or webp)"
+            wrong.setdefault(key, lone if not images else "it has several images")
         elif "txt" not in members and "json" not in members:
             wrong.setdefault(key, "it has no caption (txt or json)")
         if key not in wrong:
