@@ -20,7 +20,7 @@ _LISTED = 5
 def embed(
     folder: Annotated[Path, typer.Argument(help="A shard folder.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the config's, such as an encoder's model.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that replace the config's, such as an encoder's model.")
     ] = None,
     *,
     config: Annotated[str, typer.Option(metavar="CONFIG", help="The training config whose text encoders are to run.")],

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from t2i_experts.cascade.pipeline import CascadePipeline
 from t2i_experts.cli.app import main
@@ -22,6 +23,8 @@ from t2i_experts.shards.reader import ShardReader
 from t2i_experts.shards.writer import ShardWriter
 from t2i_experts.training.embeddings import open_conditioner, stored_embeddings
 from t2i_experts.training.trainer import Trainer
+from t2i_experts.training.validation import validate
+from t2i_experts.types import Conditioning
 
 WriteConfig = Callable[[str], Path]
 SAYS_NOTHING = "\u200b"
@@ -31,6 +34,12 @@ def run(*arguments: object) -> int:
     with pytest.raises(SystemExit) as exit:
         main([str(argument) for argument in arguments])
     return int(exit.value.code or 0)
+
+
+def reading(x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    """A denoiser whose answer depends on every text."""
+    text = torch.stack([conditioning.embeddings[name].tokens.square().mean(dim=(1, 2)) for name in ("t5", "clip_text")]).sum(dim=0)
+    return x * text[:, None, None, None]
 
 
 @pytest.fixture
@@ -82,6 +91,14 @@ def test_batches_and_runs_are_those_of_running_the_encoders(
             assert (expected.pooled is None) == (embedding.pooled is None)
             if expected.pooled is not None:
                 torch.testing.assert_close(embedding.pooled, expected.pooled, rtol=2**-8, atol=1e-5)
+    measured: list[Tensor] = []  # on captions of other images, and on their own
+    for trainer in trainers:
+        assert trainer.validation is not None
+        for shuffled in (True, False):
+            loss = validate(reading, trainer.task, trainer.validation, images=4, bins=2, batch_size=3, shuffled=shuffled)
+            measured.append(loss.losses)
+    torch.testing.assert_close(measured[2:], measured[:2], rtol=1e-2, atol=0)
+    assert not torch.allclose(measured[0], measured[1], rtol=0.1)
     trainers[0].run()
 
     def refuse(*arguments: object) -> None:
@@ -98,7 +115,8 @@ def test_batches_and_runs_are_those_of_running_the_encoders(
     (picture,) = CascadePipeline.from_pretrained(tmp_path / "stored" / "model", device="cpu")(["a red cube"], seed=0)  # it has encoders
     assert picture.shape == (3, 16, 16)
     further = load_config(write_config("online"), [*embedded, *settings, "training.images=24", "data.embeddings=stored"])
-    assert (going_on := Trainer(further, progress=False)).resumed_from is not None  # a run may change from one to the other
+    going_on = Trainer(further, progress=False)
+    assert going_on.resumed_from is not None  # a run may change from one to the other
     going_on.run()
     assert (tmp_path / "stored" / "previews" / "000000000016.png").is_file()
 
