@@ -42,7 +42,7 @@ def open_conditioner(
     Raises ValueError if an encoder cannot be loaded, and for embeddings of another one.
     """
     encoders = config.stage.encoders
-    if not reader.embeddings:
+    if config.data.embeddings == "online":
         return TextConditioner.from_config(encoders, device=device)
     where = f"data.train={config.data.train}"
     text, stored = text_encoders(encoders), {record.name: record for record in reader.embeddings}

@@ -51,7 +51,12 @@ def embedded(tmp_path: Path, write_config: WriteConfig, capsys: pytest.CaptureFi
             for i in range(count):
                 picture = io.BytesIO()
                 Image.new("RGB", (16, 16), (16 * i, 255 - 16 * i, 99)).save(picture, "PNG")
-                writer.write(f"{i:03d}", picture.getvalue(), "png", [f"a red cube {i}", SAYS_NOTHING if i % 2 else "a long caption " * 20])
+                writer.write(
+                    f"{i:03d}",
+                    picture.getvalue(),
+                    "png",
+                    ["red cube " * (i % 5) + str(i), SAYS_NOTHING if i % 2 else "a long caption " * 20],
+                )
         out = tmp_path / name
         assert run("shards", "embed", tmp_path / f"plain-{name}", "--config", config, "--out", out, "--batch-size", 5, "--json") == 0
         told = json.loads(capsys.readouterr().out)
