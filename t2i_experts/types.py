@@ -48,6 +48,52 @@ class Tokens:
 
 
 @dataclass(frozen=True, eq=False)
+class TextFeatures:
+    """What one text encoder says of one caption, on the CPU, as shards store it.
+
+    tokens: (L, D) bfloat16 at the caption's true length, without padding; L = 0 for a caption that says nothing.
+    pooled: (P,) bfloat16, or None for an encoder without a pooled vector.
+    """
+
+    tokens: Tensor
+    pooled: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureBatch:
+    """The stored features of a batch of captions, which take the place of its `Tokens`; not padded, on the CPU.
+
+    tokens: (sum of lengths, D) bfloat16, caption after caption. lengths: (B,) int64. pooled: (B, P) bfloat16 or None.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    pooled: Tensor | None = None
+
+    @staticmethod
+    def of(features: Sequence[TextFeatures]) -> FeatureBatch:
+        """The features of captions side by side; all of them, or none, have a pooled vector."""
+        pooled = [f.pooled for f in features if f.pooled is not None]
+        lengths = torch.tensor([len(f.tokens) for f in features], dtype=torch.int64)
+        return FeatureBatch(torch.cat([f.tokens for f in features]), lengths, torch.stack(pooled) if pooled else None)
+
+    @property
+    def blank(self) -> Tensor:
+        """(B,) bool, True = this caption says nothing."""
+        return self.lengths == 0
+
+    def rows(self, rows: Tensor) -> FeatureBatch:
+        """The rows of these indices, (N,) int64."""
+        parts = self.tokens.split(self.lengths.tolist())
+        tokens = torch.cat([parts[row] for row in rows.tolist()]) if len(rows) else self.tokens[:0]
+        return FeatureBatch(tokens, self.lengths[rows], None if self.pooled is None else self.pooled[rows])
+
+    def pin_memory(self) -> FeatureBatch:
+        """In page-locked memory, from which a GPU fetches in the background."""
+        return replace(self, tokens=self.tokens.pin_memory(), pooled=None if self.pooled is None else self.pooled.pin_memory())
+
+
+@dataclass(frozen=True, eq=False)
 class Embedding:
     """What one frozen encoder says of a batch.
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from t2i_experts.cli.shards_embed import embed
+
 if TYPE_CHECKING:
     from t2i_experts.shards.check import CheckReport
     from t2i_experts.shards.format import Manifest
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="shards",
-    help="Training data: build shards from captioned pictures, check them, look at samples and statistics.",
+    help="Training data: build shards from captioned pictures, check them, look at samples and statistics, add embeddings.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -295,6 +297,9 @@ def stats(
         )
 
 
+app.command()(embed)
+
+
 def _quantile_table(found: ShardStatistics) -> Iterator[str]:
     """Lines: a head, and one for each thing that is measured."""
     rows = {name: getattr(found, name) for name in ("width", "height", "aspect", "captions", "characters", "words")}
@@ -368,6 +373,7 @@ def _plain(manifest: Manifest) -> dict[str, Any]:
         "bytes": sum(shard.bytes for shard in manifest.shards),
         "hash": manifest.hash,
         "statistics": asdict(manifest.statistics),
+        "embeddings": [asdict(record) for record in manifest.embeddings],
         "shards": [asdict(shard) for shard in manifest.shards],
     }
 

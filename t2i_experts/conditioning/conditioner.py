@@ -19,7 +19,10 @@ from t2i_experts.conditioning.frozen import device_of, local_folder, to_device
 from t2i_experts.conditioning.frozen import fingerprint as weights_fingerprint
 from t2i_experts.config import EncoderConfig
 from t2i_experts.registry import registry
-from t2i_experts.types import Conditioning, Embedding, Tokens
+from t2i_experts.types import Conditioning, Embedding, FeatureBatch, Tokens
+
+TextInput = Tokens | FeatureBatch
+"""What a text encoder takes: the tokens of its own tokeniser, or features that it has computed before."""
 
 
 class Tokenizer(Protocol):
@@ -40,7 +43,7 @@ class Encoder(Protocol):
     reads: what `encode` takes: `Tokens` of its own `tokenizer`, or images (B, 3, H, W) float in [-1, 1] (and `tokenizer` is None).
     A class that reads text has, besides `load`, `load_tokenizer(config, root)`, which returns the tokeniser without reading weights.
     max_tokens: L of its embeddings; 1 for images. width, pooled_width: D and P (0: no pooled vector).
-    model: its weights, frozen; `encode` runs where they are and returns float32.
+    model: its weights, frozen; `encode` runs where they are and returns float32, and its padding follows the real tokens.
     """
 
     kind: str
@@ -93,7 +96,14 @@ class TextConditioner:
     encoders: loaded. configs: what they were loaded from; widths are checked against them.
     """
 
-    def __init__(self, encoders: Mapping[str, Encoder], configs: Mapping[str, EncoderConfig], root: Path | None = None) -> None:
+    def __init__(
+        self,
+        encoders: Mapping[str, Encoder],
+        configs: Mapping[str, EncoderConfig],
+        root: Path | None = None,
+        fingerprints: Mapping[str, str] | None = None,
+    ) -> None:
+        """fingerprints: those that are known already. Raises ValueError for an encoder whose widths are not the configured ones."""
         for name, encoder in encoders.items():
             for field in ("width", "pooled_width"):
                 found, configured = getattr(encoder, field), getattr(configs[name], field)
@@ -102,7 +112,7 @@ class TextConditioner:
         self.encoders = dict(encoders)
         self._configs = dict(configs)
         self._root = root
-        self._fingerprints: dict[str, str] = {}
+        self._fingerprints = dict(fingerprints or {})
 
     @classmethod
     def from_config(
@@ -140,14 +150,17 @@ class TextConditioner:
             raise ValueError(f"images: {len(images)} of them for {len(prompts)} prompts; allowed: one for each prompt, or none")
         return self._encode(self.tokenizer(prompts), images, {}, len(prompts))
 
-    def encode(self, tokens: Mapping[str, Tokens], images: Tensor | None = None, drops: Mapping[str, Tensor] | None = None) -> Conditioning:
-        """Conditioning of a batch that a loader has tokenised.
+    def encode(
+        self, tokens: Mapping[str, TextInput], images: Tensor | None = None, drops: Mapping[str, Tensor] | None = None
+    ) -> Conditioning:
+        """Conditioning of a batch that a loader has tokenised, or whose stored features it has read.
 
-        tokens: `tokenizer`'s, for every text encoder. images: (B, 3, H, W) float in [-1, 1], or None: image encoders are null.
+        tokens: `tokenizer`'s, for every text encoder; stored features for a `StoredTextEncoder`.
+        images: (B, 3, H, W) float in [-1, 1], or None: image encoders are null.
         drops: (B,) bool by encoder name, True = dropped; best on the CPU. Rows that are dropped or blank are never computed.
         Raises ValueError for missing tokens, unknown names and sizes that differ.
         """
-        rows = {len(t.mask) for t in tokens.values()} | ({len(images)} if images is not None else set())
+        rows = {len(t.blank) for t in tokens.values()} | ({len(images)} if images is not None else set())
         if len(rows) != 1:
             raise ValueError(f"tokens and images must have one batch size; received {sorted(rows)}")
         return self._encode(tokens, images, drops or {}, rows.pop())
@@ -180,7 +193,7 @@ class TextConditioner:
             configs[name] = config if source is None else replace(config, model=f"./{written[source]}")
         return configs
 
-    def _encode(self, tokens: Mapping[str, Tokens], images: Tensor | None, drops: Mapping[str, Tensor], batch: int) -> Conditioning:
+    def _encode(self, tokens: Mapping[str, TextInput], images: Tensor | None, drops: Mapping[str, Tensor], batch: int) -> Conditioning:
         if images is not None and (images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point()):
             raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}; they must be float of shape (B, 3, H, W)")
         unknown = (set(drops) | set(tokens)) - set(self.encoders)
@@ -206,7 +219,7 @@ def _null(encoder: Encoder, batch: int, length: int) -> Embedding:
     return Embedding.null(batch, length, encoder.width, encoder.pooled_width, device=device_of(encoder.model))
 
 
-def _scattered(encoder: Encoder, kept: Tensor, inputs: Tokens | Tensor | None) -> Embedding:
+def _scattered(encoder: Encoder, kept: Tensor, inputs: TextInput | Tensor | None) -> Embedding:
     """The embedding of a batch of which only the rows `kept` (B,) bool are encoded; the others are null."""
     result = _null(encoder, len(kept), encoder.max_tokens)
     rows = kept.nonzero().flatten()

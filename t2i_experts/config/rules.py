@@ -248,6 +248,8 @@ def _check_urls(config: RunConfig) -> None:
         raise ValueError(f"data.train={data.train} mixes URLs with folders ({', '.join(folders)}); name only folders, or only URLs")
     if config.stage.buckets and not folders:
         raise ValueError("stage.buckets sorts pictures by their sizes beforehand; it needs folders in data.train, which names URLs")
+    if data.embeddings == "stored" and not folders:
+        raise ValueError("data.embeddings=stored needs folders in data.train, which names URLs; set it to online, or copy the shards")
     if data.validation is not None and is_url(data.validation):
         raise ValueError(f"data.validation={data.validation!r} must be a shard folder: only training reads streams; copy the shards")
 

@@ -95,12 +95,15 @@ class DataConfig:
 
     train: folders, or URLs of tars, which are read as streams with a weaker guarantee (shards/README.md).
     max_unreadable: a sample that cannot be read is replaced by another one; the run ends when more than this share of draws was unreadable.
+    embeddings: `online`, the text encoders run beside the training; or `stored`, they do not, and the shards (of validation too) bring what
+    `t2i-experts shards embed` has added. Image encoders always run.
     """
 
     train: list[str] = MISSING
     validation: str | None = None
     workers: int = 2
     max_unreadable: float = 0.1
+    embeddings: Literal["online", "stored"] = "online"
 
 
 @dataclass(frozen=True)

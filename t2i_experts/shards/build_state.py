@@ -142,8 +142,6 @@ def _written(out: Path) -> Written:
         if isinstance(index, tuple):
             keys += [row.key for row in index]
         else:
-            with open(index.path, "rb") as file:
-                file.seek(index.offset)
-                keys += [index.unpack(file.read(index.row_bytes)).key for _ in range(entry.samples)]
+            keys += [row.key for row in index.rows()]
         shards += 1
     return Written(shards, frozenset(keys), max(keys, default="", key=str.encode))

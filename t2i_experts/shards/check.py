@@ -6,14 +6,16 @@ import codecs
 import functools
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from t2i_experts.shards.format import MANIFEST, Manifest, ShardEntry, Statistics, parse_captions
+from t2i_experts.shards.embeddings import unpack_features
+from t2i_experts.shards.format import MANIFEST, EncoderRecord, Manifest, ShardEntry, Statistics, parse_captions
 from t2i_experts.shards.images import verify
-from t2i_experts.shards.index import Row, save_index, scan
+from t2i_experts.shards.index import Row, read_index_header, save_index, scan
 from t2i_experts.shards.parallel import in_order
 
 _ROWS_A_TASK = 16
@@ -75,7 +77,7 @@ class _Tar:
 def check_shards(
     folder: Path, *, write_manifest: bool = False, workers: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> CheckReport:
-    """Reads every byte of every tar, decodes every image and caption, and compares all with the manifest if there is one.
+    """Reads every byte of every tar, decodes every image, caption and embedding, and compares all with the manifest if there is one.
 
     With `write_manifest`, writes a manifest (and the index files) of the good samples; it names the broken ones, which are then left
     out. `workers` threads decode. `progress` is told (samples done, samples in the tars begun so far).
@@ -94,6 +96,7 @@ def check_shards(
         known = {entry.file: entry for entry in Manifest.load(folder).shards}
     elif not write_manifest:
         report.problems.append(Problem(MANIFEST, None, "is missing, and training needs it: run this command with --write-manifest"))
+    embeddings = _recorded_embeddings(folder, paths)
     tars: list[_Tar] = []
     done = 0
     with ThreadPoolExecutor(workers) as pool:
@@ -101,7 +104,7 @@ def check_shards(
             try:
                 if not path.is_file():  # opening a pipe would wait for ever
                     raise ValueError("is no file")
-                tar = _check_tar(path, pool, workers, functools.partial(_after, done, progress))
+                tar = _check_tar(path, embeddings, pool, workers, functools.partial(_after, done, progress))
             except ValueError as error:
                 report.problems.append(Problem(path.name, None, str(error)))
                 continue
@@ -117,8 +120,8 @@ def check_shards(
             report.problems += _differences(entry, tar.entry)
     for name in sorted(set(known) - {path.name for path in paths}):
         report.problems.append(Problem(name, None, "is in the manifest, but there is no such file"))
-    report.notes = list(_notes(tars))
-    report.manifest = Manifest(tuple(tar.entry for tar in tars), sum((tar.statistics for tar in tars), Statistics()))
+    report.notes = [*_notes(tars), *_unknown_embeddings(tars, embeddings)]
+    report.manifest = Manifest(tuple(tar.entry for tar in tars), sum((tar.statistics for tar in tars), Statistics()), embeddings)
     if write_manifest:
         _write(folder, report, tars)
     return report
@@ -130,18 +133,38 @@ def _write(folder: Path, report: CheckReport, tars: Iterable[_Tar]) -> None:
         first = f", such as {found[0].shard} {found[0].key or ''}: {found[0].detail}" if found else ""
         raise ValueError(f"no manifest written for {folder}: it has no good sample, and {len(found)} problems{first}")
     for tar in tars:
-        save_index(folder, tar.entry, tar.statistics, tar.rows)
+        head = read_index_header(folder / tar.entry.file) or {}
+        save_index(folder, tar.entry, tar.statistics, tar.rows, report.manifest.embeddings, head.get("source"))
     report.manifest.save(folder)
 
 
-def _check_tar(path: Path, pool: ThreadPoolExecutor, workers: int, progress: Callable[[int, int], None]) -> _Tar:
+def _recorded_embeddings(folder: Path, tars: Iterable[Path]) -> tuple[EncoderRecord, ...]:
+    """The encoders whose embeddings the tars hold: as the manifest says, or an index file if the manifest is missing or damaged."""
+    try:
+        return Manifest.load(folder).embeddings
+    except ValueError:
+        heads = (read_index_header(tar) for tar in tars)
+        return next((head["embeddings"] for head in heads if head is not None and head["embeddings"]), ())
+
+
+def _unknown_embeddings(tars: Iterable[_Tar], embeddings: Sequence[EncoderRecord]) -> Iterator[str]:
+    """A note for each kind of .npz members that no record says the encoder of."""
+    known = {record.member for record in embeddings}
+    unknown = Counter(extension for tar in tars for row in tar.rows for extension in row.embeddings if extension not in known)
+    for extension, count in sorted(unknown.items()):
+        yield f"{count:,} samples have members .{extension}, and the manifest does not say of which encoder: they are never read"
+
+
+def _check_tar(
+    path: Path, embeddings: Sequence[EncoderRecord], pool: ThreadPoolExecutor, workers: int, progress: Callable[[int, int], None]
+) -> _Tar:
     """Raises ValueError for a tar that cannot be read or must not be."""
     digest = pool.submit(_sha256, path)
     found = scan(path)
     pieces = (found.rows[i : i + _ROWS_A_TASK] for i in range(0, len(found.rows), _ROWS_A_TASK))
     samples: list[_Sample] = []
     progress(0, len(found.rows))
-    for piece in in_order(pool, workers, functools.partial(_read_samples, path), pieces):
+    for piece in in_order(pool, workers, functools.partial(_read_samples, path, embeddings), pieces):
         samples += piece
         progress(len(samples), len(found.rows))
     good = [sample for sample in samples if sample.problem is None]
@@ -210,7 +233,7 @@ def _sha256(tar: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_samples(tar: Path, rows: Iterable[Row]) -> list[_Sample]:
+def _read_samples(tar: Path, embeddings: Sequence[EncoderRecord], rows: Iterable[Row]) -> list[_Sample]:
     """Reads and decodes some samples of a tar."""
     found = []
     file = os.open(tar, os.O_RDONLY)
@@ -223,6 +246,8 @@ def _read_samples(tar: Path, rows: Iterable[Row]) -> list[_Sample]:
                 )
                 captions, _ = parse_captions(text, fields)
                 size, digest = verify(image or b""), hashlib.blake2b(image or b"", digest_size=16).digest()
+                for record in embeddings:
+                    _check_embedding(file, row, record, len(captions))
                 marked = codecs.BOM_UTF8 in ((text or b"")[:3], (fields or b"")[:3])
                 found.append(_Sample(row.key, tuple(len(caption) for caption in captions), size, digest, marked))
             except (ValueError, OSError) as error:
@@ -230,3 +255,13 @@ def _read_samples(tar: Path, rows: Iterable[Row]) -> list[_Sample]:
     finally:
         os.close(file)
     return found
+
+
+def _check_embedding(file: int, row: Row, record: EncoderRecord, captions: int) -> None:
+    """Raises ValueError unless the sample has a finite embedding of each of its captions by this encoder."""
+    offset, size = row.embeddings.get(record.member, (0, 0))
+    if not offset:
+        raise ValueError(f"it has no {record.member}, where the manifest promises embeddings of {record.name}")
+    for features in unpack_features(os.pread(file, size, offset), record, captions):
+        if not all(bool(part.isfinite().all()) for part in (features.tokens, features.pooled) if part is not None):
+            raise ValueError(f"its {record.member} holds what is not finite")

@@ -20,6 +20,7 @@ CAPTION_FIELDS = ("caption", "captions")
 MAX_KEY_BYTES = 1024
 MAX_IMAGE_BYTES = 2**28
 MAX_TEXT_BYTES = 2**24
+MAX_EMBEDDING_BYTES = 2**28
 MAX_CAPTION_CHARACTERS = 2**14
 """What is larger is refused before it costs memory or time: an index row holds the whole key, and tokenisers read the whole caption."""
 
@@ -177,11 +178,45 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
+class EncoderRecord:
+    """A text encoder whose features the tars hold, as `KEY.NAME.npz` with the name in lower case.
+
+    kind, model, dtype, max_tokens, width, pooled_width: of its config. fingerprint: sha256 of its weights, which tells whether two are
+    the same, wherever they were read from.
+    """
+
+    name: str
+    kind: str
+    model: str = field(compare=False)
+    dtype: str = field(compare=False)
+    fingerprint: str
+    max_tokens: int
+    width: int
+    pooled_width: int
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> EncoderRecord:
+        """Raises ValueError or TypeError for anything but what `dataclasses.asdict` gives."""
+        record = cls(**plain)
+        texts = (record.name, record.kind, record.model, record.dtype, record.fingerprint)
+        numbers = (record.max_tokens, record.width, record.pooled_width)
+        if not all(isinstance(text, str) for text in texts) or not all(type(n) is int and n >= 0 for n in numbers):
+            raise ValueError(f"embeddings {plain!r} have a field of a wrong type")
+        return record
+
+    @property
+    def member(self) -> str:
+        """The extension of its members."""
+        return f"{self.name.lower()}.npz"
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What `manifest.json` says of a folder of tars."""
 
     shards: tuple[ShardEntry, ...]
     statistics: Statistics = field(default_factory=Statistics)
+    embeddings: tuple[EncoderRecord, ...] = ()
     version: int = VERSION
 
     @property
@@ -202,6 +237,7 @@ class Manifest:
             "samples": self.samples,
             "hash": self.hash,
             "statistics": dataclasses.asdict(self.statistics),
+            **({"embeddings": [dataclasses.asdict(record) for record in self.embeddings]} if self.embeddings else {}),
             "shards": [dataclasses.asdict(shard) for shard in self.shards],
         }
         write_atomically(Path(folder) / MANIFEST, [json.dumps(plain, indent=1).encode() + b"\n"])
@@ -223,7 +259,8 @@ class Manifest:
             if plain["version"] != VERSION:
                 raise ValueError(f"version {plain['version']!r}, where this program reads {VERSION}")
             entries = tuple(ShardEntry.from_plain(shard) for shard in plain["shards"])
-            manifest = cls(entries, Statistics.from_plain(plain["statistics"]))
+            embeddings = tuple(EncoderRecord.from_plain(record) for record in plain.get("embeddings", ()))
+            manifest = cls(entries, Statistics.from_plain(plain["statistics"]), embeddings)
             if plain["samples"] != manifest.samples:
                 raise ValueError(f"samples={plain['samples']!r}, where its shards have {manifest.samples}")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -7,15 +7,17 @@ import json
 import struct
 import tarfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from t2i_experts.shards.format import (
     IMAGE_EXTENSIONS,
+    MAX_EMBEDDING_BYTES,
     MAX_IMAGE_BYTES,
     MAX_KEY_BYTES,
     MAX_TEXT_BYTES,
+    EncoderRecord,
     ShardEntry,
     Statistics,
     split_member,
@@ -28,17 +30,22 @@ _HEADER = "t2i-experts shard index 1"
 _MAX_READ = 2**20
 _MAX_HEADER = 2**26
 _READ = (*IMAGE_EXTENSIONS, "txt", "json")
+_EMBEDDING = ".npz"
 BAD_KEY = f"its key holds a zero byte or is longer than {MAX_KEY_BYTES:,} bytes"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The members of one sample as (offset, bytes) in the tar; (0, 0) where there is none."""
+    """The members of one sample as (offset, bytes) in the tar; (0, 0) where there is none.
+
+    embeddings: those that end in .npz, by extension (`EncoderRecord.member`).
+    """
 
     key: str
     image: tuple[int, int]
     text: tuple[int, int]
     fields: tuple[int, int]
+    embeddings: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def check_sizes(self) -> None:
         """Raises ValueError for a member that is too large to be what it says, before anybody reads it."""
@@ -46,6 +53,7 @@ class Row:
             ("image", self.image, MAX_IMAGE_BYTES),
             ("txt", self.text, MAX_TEXT_BYTES),
             ("json", self.fields, MAX_TEXT_BYTES),
+            *((extension, place, MAX_EMBEDDING_BYTES) for extension, place in self.embeddings.items()),
         ):
             if offset < 0 or not 0 <= size <= most:
                 raise ValueError(f"its {kind} has {size:,} bytes at {offset:,}; at most {most:,} are read")
@@ -53,16 +61,20 @@ class Row:
 
 @dataclass(frozen=True)
 class IndexFile:
-    """Where the rows of a shard lie in its index file: one after another, each in `row_bytes` bytes."""
+    """Where the rows of a shard lie in its index file: one after another, each in `row_bytes` bytes.
+
+    embeddings: extensions of the members with embeddings, in the order in which a row has them.
+    """
 
     path: Path
     offset: int
     key_bytes: int
+    embeddings: tuple[str, ...] = ()
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a row."""
-        return struct.calcsize(_row_format(self.key_bytes))
+        return struct.calcsize(_row_format(self.key_bytes, len(self.embeddings)))
 
     def place(self, i: int) -> tuple[int, int]:
         """(offset, bytes) of row i in the file."""
@@ -70,13 +82,20 @@ class IndexFile:
 
     def unpack(self, data: bytes) -> Row:
         """The row in the bytes from its place."""
-        key, *numbers = struct.unpack(_row_format(self.key_bytes), data)
-        image, text, fields = zip(numbers[::2], numbers[1::2], strict=True)
-        return Row(key.rstrip(b"\0").decode(), image, text, fields)
+        key, *numbers = struct.unpack(_row_format(self.key_bytes, len(self.embeddings)), data)
+        image, text, fields, *embeddings = zip(numbers[::2], numbers[1::2], strict=True)
+        return Row(key.rstrip(b"\0").decode(), image, text, fields, dict(zip(self.embeddings, embeddings, strict=True)))
+
+    def rows(self) -> tuple[Row, ...]:
+        """All rows. Raises OSError, or ValueError if the file has been cut."""
+        data = self.path.read_bytes()[self.offset :]
+        if len(data) % self.row_bytes:
+            raise ValueError(f"{self.path} is damaged: delete it, and it is found anew")
+        return tuple(self.unpack(data[at : at + self.row_bytes]) for at in range(0, len(data), self.row_bytes))
 
 
-def _row_format(key_bytes: int) -> str:
-    return f"<{key_bytes}s6q"
+def _row_format(key_bytes: int, embeddings: int) -> str:
+    return f"<{key_bytes}s{6 + 2 * embeddings}q"
 
 
 @dataclass(frozen=True)
@@ -117,7 +136,7 @@ def scan(tar: Path) -> Scan:
                     unsorted = unsorted or key
                 last = key
                 members = samples.setdefault(key, {})
-                if extension not in _READ:
+                if extension not in _READ and not extension.endswith(_EMBEDDING):
                     continue
                 if extension in members:
                     wrong[key] = f"it has two members .{extension}"
@@ -167,6 +186,8 @@ def bad_key(key: str) -> bool:
 def what_lacks(extensions: Collection[str]) -> str | None:
     """What keeps members with these extensions from being a sample; None if nothing does."""
     images = sum(extension in extensions for extension in IMAGE_EXTENSIONS)
+    if extensions and all(extension.endswith(_EMBEDDING) for extension in extensions):
+        return "its embeddings belong to no sample"
     if images != 1:
         return "it has several images" if images else "it has no image (jpg, png or webp)"
     return None if "txt" in extensions or "json" in extensions else "it has no caption (txt or json)"
@@ -175,7 +196,8 @@ def what_lacks(extensions: Collection[str]) -> str | None:
 def sample_row(key: str, members: Mapping[str, tuple[int, int]]) -> Row:
     """The row of a sample to which nothing lacks, from the (offset, bytes) of its members by extension."""
     (image,) = (members[extension] for extension in IMAGE_EXTENSIONS if extension in members)
-    return Row(key, image, members.get("txt", (0, 0)), members.get("json", (0, 0)))
+    embeddings = {extension: place for extension, place in members.items() if extension.endswith(_EMBEDDING)}
+    return Row(key, image, members.get("txt", (0, 0)), members.get("json", (0, 0)), embeddings)
 
 
 class Source(Protocol):
@@ -215,29 +237,49 @@ def _check_end(tar: Path, end: int) -> None:
                 raise ValueError(f"after byte {end} it is damaged, or a second archive has been appended")
 
 
-def save_index(folder: Path, entry: ShardEntry, statistics: Statistics, rows: Sequence[Row]) -> None:
-    """Writes the index file of a shard: a line of JSON, padded to a multiple of 64 bytes, then the rows."""
+def save_index(
+    folder: Path,
+    entry: ShardEntry,
+    statistics: Statistics,
+    rows: Sequence[Row],
+    embeddings: Sequence[EncoderRecord] = (),
+    source: str | None = None,
+) -> None:
+    """Writes the index file of a shard: a line of JSON, padded to a multiple of 64 bytes, then the rows.
+
+    embeddings: the encoders whose features the tar holds. source: sha256 of the tar that these were added to.
+    """
     key_bytes = max((len(row.key.encode()) for row in rows), default=1)
     head = {
         "kind": _HEADER,
         "key_bytes": key_bytes,
         "entry": dataclasses.asdict(entry),
         "statistics": dataclasses.asdict(statistics),
+        **({"embeddings": [dataclasses.asdict(record) for record in embeddings], "source": source} if embeddings else {}),
     }
     line = json.dumps(head).encode()
     line += b" " * (-(len(line) + 1) % 64) + b"\n"
-    packed = (struct.pack(_row_format(key_bytes), row.key.encode(), *row.image, *row.text, *row.fields) for row in rows)
+    packed = (_pack(row, key_bytes, [record.member for record in embeddings]) for row in rows)
     write_atomically((folder / entry.file).with_suffix(_SUFFIX), [line, *packed])
 
 
+def _pack(row: Row, key_bytes: int, embeddings: Sequence[str]) -> bytes:
+    places = (row.image, row.text, row.fields, *(row.embeddings.get(extension, (0, 0)) for extension in embeddings))
+    return struct.pack(_row_format(key_bytes, len(embeddings)), row.key.encode(), *(number for place in places for number in place))
+
+
 def read_index_header(tar: Path) -> dict[str, Any] | None:
-    """The first line of a tar's index file, with `offset` (bytes) of its rows; None if there is no such file or it is not ours."""
+    """The first line of a tar's index file, with `offset` (bytes) of its rows; None if there is no such file or it is not ours.
+
+    Its `embeddings` are `EncoderRecord`s.
+    """
     try:
         with open(tar.with_suffix(_SUFFIX), "rb") as file:
             line = file.readline(_MAX_HEADER)
         head = json.loads(line)
         ours = head["kind"] == _HEADER and type(head["key_bytes"]) is int and 0 < head["key_bytes"] <= MAX_KEY_BYTES
-        return {**head, "offset": len(line)} if ours else None
+        embeddings = tuple(EncoderRecord.from_plain(record) for record in head.get("embeddings", ()))
+        return {**head, "offset": len(line), "embeddings": embeddings} if ours else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
@@ -251,8 +293,10 @@ def check_tar(folder: Path, entry: ShardEntry) -> None:
         raise ValueError(f"{tar} {found}: run `t2i-experts shards check {folder}`")
 
 
-def open_index(folder: Path, entry: ShardEntry) -> IndexFile | tuple[Row, ...]:
+def open_index(folder: Path, entry: ShardEntry, embeddings: Sequence[EncoderRecord] = ()) -> IndexFile | tuple[Row, ...]:
     """The index file of a shard if it belongs to the entry; otherwise the rows themselves, from a scan of the tar.
+
+    embeddings: those whose members the rows must give the places of.
 
     Raises ValueError if the tar is missing or is not the one that the manifest describes.
     """
@@ -260,8 +304,9 @@ def open_index(folder: Path, entry: ShardEntry) -> IndexFile | tuple[Row, ...]:
     tar = folder / entry.file
     head = read_index_header(tar)
     if head is not None and head.get("entry") == {**dataclasses.asdict(entry), "skipped": list(entry.skipped)}:
-        index = IndexFile(tar.with_suffix(_SUFFIX), head["offset"], head["key_bytes"])
-        if index.path.stat().st_size == index.offset + entry.samples * index.row_bytes:
+        index = IndexFile(tar.with_suffix(_SUFFIX), head["offset"], head["key_bytes"], tuple(e.member for e in head["embeddings"]))
+        whole = index.path.stat().st_size == index.offset + entry.samples * index.row_bytes
+        if whole and {record.member for record in embeddings} <= set(index.embeddings):
             return index
     skipped = set(entry.skipped)
     rows = tuple(row for row in scan(tar).rows if row.key not in skipped)

@@ -8,8 +8,8 @@ import itertools
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ import numpy as np
 from torch import Tensor
 
 from t2i_experts.shards.buckets import BucketOrder, Buckets, nearest_bucket
+from t2i_experts.shards.embeddings import common_records, unpack_features
 from t2i_experts.shards.format import Manifest, ShardEntry, parse_captions
 from t2i_experts.shards.index import IndexFile, Row, check_tar, open_index
 from t2i_experts.shards.order import GlobalOrder, position_rng
 from t2i_experts.shards.sizes import picture_sizes
 from t2i_experts.shards.transforms import decode_image
+from t2i_experts.types import TextFeatures
 
 _OPEN_FILES = 256
 _ATTEMPTS = 16
@@ -56,7 +58,7 @@ class Sample:
     """position: in the global order (or the index, for `ShardReader.item`). image: (3, height, width) uint8, RGB.
 
     metadata: the fields of the sample's JSON but for its captions. unreadable: what was drawn before for this position and could not
-    be read; this sample stands in for it.
+    be read; this sample stands in for it. features: of the caption, by encoder, if the reader was asked for stored embeddings.
     """
 
     position: int
@@ -65,17 +67,22 @@ class Sample:
     caption: str
     metadata: dict[str, Any]
     unreadable: tuple[Unreadable, ...] = ()
+    features: Mapping[str, TextFeatures] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample as it is stored. shard: path of its tar. image: the bytes of the picture file."""
+    """A sample as it is stored. shard: path of its tar. image: the bytes of the picture file.
+
+    features: by encoder, of each caption, if the reader was asked for stored embeddings.
+    """
 
     shard: Path
     key: str
     image: bytes
     captions: tuple[str, ...]
     metadata: dict[str, Any]
+    features: Mapping[str, Sequence[TextFeatures]] = field(default_factory=dict)
 
 
 class ShardReader:
@@ -90,14 +97,22 @@ class ShardReader:
     """
 
     def __init__(
-        self, folders: Sequence[str | Path], *, size: int, seed: int, buckets: Buckets | None = None, progress: bool = False
+        self,
+        folders: Sequence[str | Path],
+        *,
+        size: int,
+        seed: int,
+        embeddings: Sequence[str] = (),
+        buckets: Buckets | None = None,
+        progress: bool = False,
     ) -> None:
-        """size: pixels of the square images. buckets: the shapes of the images and of the global batches instead; see `BucketOrder`.
+        """size: pixels of the square images. embeddings: names of the encoders whose stored features samples are to bring.
 
-        With buckets, the sizes of all pictures are read first unless they are known (see `shard_sizes`), with a bar if `progress`.
+        buckets: the shapes of the images, instead, and of the global batches; see `BucketOrder`. The sizes of all pictures are then
+        read first unless they are known (see `shard_sizes`), with a bar if `progress`.
 
-        Raises ValueError for a missing or damaged manifest, for a tar that is missing or has not the manifest's size, and if there is no
-        sample at all.
+        Raises ValueError for a missing or damaged manifest, for a tar that is missing or has not the manifest's size, if there is no
+        sample at all, and if a folder lacks the embeddings or two folders have them of different encoders.
         """
         if isinstance(folders, (str, Path)):
             raise ValueError(f"folders={folders!r} must be a list of folders")
@@ -106,6 +121,7 @@ class ShardReader:
         self.size = size
         self.seed = seed
         manifests = [(Path(folder), Manifest.load(folder)) for folder in folders]
+        self.embeddings = common_records({str(folder): manifest.embeddings for folder, manifest in manifests}, embeddings)
         self._shards: list[tuple[Path, ShardEntry]] = [(folder, entry) for folder, manifest in manifests for entry in manifest.shards]
         for folder, entry in self._shards:
             check_tar(folder, entry)
@@ -137,7 +153,7 @@ class ShardReader:
                 raw = self.raw(index)
                 several = len(raw.captions) > 1
                 choice = int(position_rng(self.seed, position, "caption").integers(len(raw.captions))) if several else 0
-                return replace(self._sample(position, raw, raw.captions[choice], self.shape(index)), unreadable=tuple(unreadable))
+                return replace(self._sample(position, raw, choice, self.shape(index)), unreadable=tuple(unreadable))
             except UnreadableSample as error:
                 unreadable.append(error.what)
         raise ValueError(f"{UnreadableSample(unreadable[0])}. Nor can {_ATTEMPTS - 1} others be read that were drawn in its place")
@@ -148,7 +164,7 @@ class ShardReader:
         Raises IndexError, and UnreadableSample for one that cannot be read.
         """
         raw = self.raw(index)
-        return self._sample(index, raw, raw.captions[0], self.shape(index))
+        return self._sample(index, raw, 0, self.shape(index))
 
     def shape(self, index: int) -> tuple[int, int]:
         """(width, height) of the image of the sample at an index of the dataset's own order."""
@@ -173,16 +189,21 @@ class ShardReader:
             row.check_sizes()
             image, text, fields = (self._read(tar, *place) for place in (row.image, row.text, row.fields))
             captions, metadata = parse_captions(text if row.text[0] else None, fields if row.fields[0] else None)
+            features = {
+                record.name: unpack_features(self._read(tar, *row.embeddings.get(record.member, (0, 0))), record, len(captions))
+                for record in self.embeddings
+            }
         except (ValueError, OSError) as error:
             raise UnreadableSample(Unreadable(str(tar), row.key, str(error))) from error
-        return RawSample(tar, row.key, image, captions, metadata)
+        return RawSample(tar, row.key, image, captions, metadata, features)
 
-    def _sample(self, position: int, raw: RawSample, caption: str, shape: tuple[int, int]) -> Sample:
+    def _sample(self, position: int, raw: RawSample, caption: int, shape: tuple[int, int]) -> Sample:
         try:
             image = decode_image(raw.image, *shape)
         except ValueError as error:
             raise UnreadableSample(Unreadable(str(raw.shard), raw.key, str(error))) from error
-        return Sample(position, raw.key, image, caption, raw.metadata)
+        features = {name: rows[caption] for name, rows in raw.features.items()}
+        return Sample(position, raw.key, image, raw.captions[caption], raw.metadata, features=features)
 
     def _row(self, shard: int, i: int) -> Row:
         """Where sample i of a shard lies, from its index file, or from a scan of the tar; what a scan finds or misses is kept in memory."""
@@ -204,7 +225,7 @@ class ShardReader:
         folder, entry = self._shards[shard]
         if shard not in self._indices:
             try:
-                self._indices[shard] = open_index(folder, entry)
+                self._indices[shard] = open_index(folder, entry, self.embeddings)
             except OSError as error:
                 return _unreadable_tar(folder / entry.file, error)  # may pass, unlike what a scan misses
             except ValueError as error:

@@ -19,7 +19,7 @@ from torch.utils.data import get_worker_info
 
 from t2i_experts.config import is_url
 from t2i_experts.shards.buckets import Buckets
-from t2i_experts.shards.format import parse_captions
+from t2i_experts.shards.format import EncoderRecord, parse_captions
 from t2i_experts.shards.loader import SampleReader, open_loader
 from t2i_experts.shards.order import GlobalOrder, position_rng
 from t2i_experts.shards.reader import Sample, ShardReader, Unreadable
@@ -47,6 +47,7 @@ class StreamReader:
         """size: pixels of the square images. Raises ValueError as `expand_urls` does; nothing is opened."""
         self.size = size
         self.seed = seed
+        self.embeddings: tuple[EncoderRecord, ...] = ()
         self.tars = expand_urls(urls)
         self.dataset_hash = hashlib.sha256(json.dumps(["urls", *self.tars]).encode()).hexdigest()
 
@@ -68,15 +69,24 @@ class StreamReader:
 
 
 def open_reader(
-    paths: Sequence[str | Path], *, size: int, seed: int, processes: int, buckets: Buckets | None = None, progress: bool = False
+    paths: Sequence[str | Path],
+    *,
+    size: int,
+    seed: int,
+    processes: int,
+    embeddings: Sequence[str] = (),
+    buckets: Buckets | None = None,
+    progress: bool = False,
 ) -> ShardReader | StreamReader:
-    """The reader for what a config names for training, all folders or all URLs. buckets, progress: of folders alone, see `ShardReader`.
+    """The reader for what a config names for training, all folders or all URLs.
+
+    embeddings, buckets, progress: of folders alone, see `ShardReader`.
 
     Raises ValueError as the readers do, and for fewer tars behind URLs than processes.
     """
     urls = [str(path) for path in paths if is_url(str(path))]
     if not urls:
-        return ShardReader(paths, size=size, seed=seed, buckets=buckets, progress=progress)
+        return ShardReader(paths, size=size, seed=seed, embeddings=embeddings, buckets=buckets, progress=progress)
     reader = StreamReader(urls, size=size, seed=seed)
     if len(reader.tars) < processes:
         raise ValueError(

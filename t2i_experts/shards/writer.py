@@ -14,6 +14,7 @@ from t2i_experts.shards.format import (
     IMAGE_EXTENSIONS,
     MAX_CAPTION_CHARACTERS,
     MAX_KEY_BYTES,
+    EncoderRecord,
     Manifest,
     ShardEntry,
     Statistics,
@@ -43,7 +44,7 @@ class ShardWriter:
         self._samples_per_shard = samples_per_shard
         self._number = first_shard
         self._last_key = b""
-        self._shard: _Shard | None = None
+        self._shard: TarWriter | None = None
 
     def write(self, key: str, image: bytes, extension: str, captions: Sequence[str], metadata: Mapping[str, Any] | None = None) -> None:
         """Adds a sample: `image` in its file format, as bytes, at least one caption, and fields that JSON can hold.
@@ -72,7 +73,7 @@ class ShardWriter:
         except (ValueError, TypeError) as error:
             raise ValueError(f"sample {key!r}: {error}") from error
         if self._shard is None:
-            self._shard = _Shard(self.folder, self._number)
+            self._shard = TarWriter(self.folder / f"{self._number:05d}.tar")
         members = {extension: image, "txt": text} if fields is None else {extension: image, "json": fields, "txt": text}
         self._shard.add(key, members, [len(caption) for caption in captions], size)
         self._last_key = key.encode()
@@ -106,26 +107,35 @@ def write_manifest(folder: str | Path) -> Manifest:
     Raises ValueError for a tar that no ShardWriter wrote; `t2i-experts shards check --write-manifest` reads such tars.
     """
     folder = Path(folder)
-    entries, statistics = [], Statistics()
+    entries: list[ShardEntry] = []
+    statistics = Statistics()
+    embeddings: tuple[EncoderRecord, ...] = ()
     for tar in sorted(folder.glob("[!.]*.tar")):
         head = read_index_header(tar)
         if head is None or head["entry"]["file"] != tar.name or head["entry"]["bytes"] != tar.stat().st_size:
             raise ValueError(f"{tar} has no index of its own: run `t2i-experts shards check {folder} --write-manifest`")
+        if entries and head["embeddings"] != embeddings:
+            raise ValueError(f"{tar} holds embeddings of other encoders than the tars before it; the folder must have one kind")
+        embeddings = head["embeddings"]
         entries.append(ShardEntry.from_plain(head["entry"]))
         statistics += Statistics.from_plain(head["statistics"])
-    manifest = Manifest(tuple(entries), statistics)
+    manifest = Manifest(tuple(entries), statistics, embeddings)
     manifest.save(folder)
     return manifest
 
 
-class _Shard:
-    """One tar under way, under a temporary name."""
+class TarWriter:
+    """One tar under way, under a temporary name.
 
-    def __init__(self, folder: Path, number: int) -> None:
-        self._path = folder / f"{number:05d}.tar"
+    embeddings, source: what `save_index` notes of them.
+    """
+
+    def __init__(self, path: Path, embeddings: Sequence[EncoderRecord] = (), source: str | None = None) -> None:
+        self._path = path
         if self._path.exists():
             raise ValueError(f"{self._path} exists already; write into an empty folder")
-        self._partial = folder / f".{number:05d}.tar.partial"
+        self._embeddings, self._source = embeddings, source
+        self._partial = path.with_name(f".{path.name}.partial")
         self._file: BinaryIO = open(self._partial, "wb")
         self._sha256 = hashlib.sha256()
         self._bytes = 0
@@ -140,7 +150,8 @@ class _Shard:
     def add(self, key: str, members: Mapping[str, bytes], caption_characters: Sequence[int], image_size: tuple[int, int]) -> None:
         """Appends the members of a sample, by extension, the image first."""
         places = {extension: self._member(f"{key}.{extension}", data) for extension, data in members.items()}
-        self._rows.append(Row(key, next(iter(places.values())), places["txt"], places.get("json", (0, 0))))
+        embeddings = {record.member: places[record.member] for record in self._embeddings}
+        self._rows.append(Row(key, next(iter(places.values())), places.get("txt", (0, 0)), places.get("json", (0, 0)), embeddings))
         self._caption_characters += caption_characters
         self._image_sizes.append(image_size)
 
@@ -159,14 +170,17 @@ class _Shard:
         self._bytes += len(data)
 
     def finish(self) -> None:
+        """Puts the tar and its index on the disk, and gives it its name."""
         self._write(bytes(2 * _BLOCK))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         entry = ShardEntry(self._path.name, self.samples, self._bytes, self._sha256.hexdigest())
-        save_index(self._path.parent, entry, Statistics.of(self._caption_characters, self._image_sizes), self._rows)
+        statistics = Statistics.of(self._caption_characters, self._image_sizes)
+        save_index(self._path.parent, entry, statistics, self._rows, self._embeddings, self._source)
         os.replace(self._partial, self._path)
 
     def abandon(self) -> None:
+        """Removes what there is of it."""
         self._file.close()
         self._partial.unlink(missing_ok=True)

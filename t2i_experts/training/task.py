@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from t2i_experts.cascade.picture import from_uint8
-from t2i_experts.conditioning.conditioner import PromptTokenizer, TextConditioner
+from t2i_experts.conditioning.conditioner import PromptTokenizer, TextConditioner, TextInput
 from t2i_experts.conditioning.frozen import to_device
 from t2i_experts.config import StageConfig
 from t2i_experts.diffusion.loss import EDMLoss
 from t2i_experts.diffusion.noise import LogNormalSigma, sigma_from_uniform
 from t2i_experts.shards.order import position_rng
 from t2i_experts.shards.reader import Sample, Unreadable
-from t2i_experts.types import Denoiser, Tokens
+from t2i_experts.types import Denoiser, FeatureBatch, TextFeatures
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Batch:
     """Samples side by side, on the CPU.
 
     positions: places in the global order. images: (B, 3, H, W) uint8. uniform: (B,) float64 in [0, 1), the draw behind each row's sigma.
+    tokens: for each text encoder what it takes, stored features if the samples bring them.
     drops: encoder name -> (B,) bool, True = this row goes without it. unreadable: what samples of this batch stand in for.
     """
 
@@ -31,13 +32,14 @@ class Batch:
     keys: tuple[str, ...]
     images: Tensor
     uniform: Tensor
-    tokens: Mapping[str, Tokens]
+    tokens: Mapping[str, TextInput]
     drops: Mapping[str, Tensor]
     unreadable: tuple[Unreadable, ...] = ()
 
     def pin_memory(self) -> Batch:
-        """The images in page-locked memory, so that they travel to the GPU in the background (called by torch's DataLoader)."""
-        return replace(self, images=self.images.pin_memory())
+        """What is large in page-locked memory, so that it travels to the GPU in the background (called by torch's DataLoader)."""
+        tokens = {name: text.pin_memory() if isinstance(text, FeatureBatch) else text for name, text in self.tokens.items()}
+        return replace(self, images=self.images.pin_memory(), tokens=tokens)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Collate:
             keys=tuple(sample.key for sample in samples),
             images=torch.stack([sample.image for sample in samples]),
             uniform=self._draws(samples, "sigma"),
-            tokens={name: tokens.bare() for name, tokens in self.tokenizer([sample.caption for sample in samples]).items()},
+            tokens=text_inputs(self.tokenizer, [sample.caption for sample in samples], [sample.features for sample in samples]),
             drops={name: self._draws(samples, f"drop {name}") < rate for name, rate in self.drop_rates.items()},
             unreadable=tuple(what for sample in samples for what in sample.unreadable),
         )
@@ -64,6 +66,15 @@ class Collate:
         """A uniform number for each sample, (B,) float64 in [0, 1)."""
         draws = [position_rng(self.seed, sample.position, purpose).random() for sample in samples]
         return torch.tensor(draws, dtype=torch.float64)
+
+
+def text_inputs(
+    tokenizer: PromptTokenizer, captions: Sequence[str], features: Sequence[Mapping[str, TextFeatures]]
+) -> dict[str, TextInput]:
+    """What each text encoder takes: the features of the captions where the shards bring them, or else their tokens."""
+    if features[0]:
+        return {name: FeatureBatch.of([row[name] for row in features]) for name in features[0]}
+    return {name: tokens.bare() for name, tokens in tokenizer(captions).items()}
 
 
 class DiffusionTask:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from t2i_experts.cascade.model_folder import save_model
 from t2i_experts.cascade.stage import Stage, build_network
-from t2i_experts.conditioning.conditioner import TextConditioner
 from t2i_experts.config import RunConfig, to_plain, to_yaml
 from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.shards.buckets import Buckets
@@ -27,6 +26,7 @@ from t2i_experts.shards.reader import ShardReader
 from t2i_experts.shards.stream import StreamReader, open_batches, open_reader
 from t2i_experts.training.divergence import LossWatch, TrainingDiverged
 from t2i_experts.training.ema import build_ema
+from t2i_experts.training.embeddings import open_conditioner, stored_embeddings
 from t2i_experts.training.optim import build_optimizer, learning_rate
 from t2i_experts.training.posthoc import drop_later_snapshots, write_snapshots
 from t2i_experts.training.power_ema import PowerFunctionEMA
@@ -70,20 +70,24 @@ class Trainer:
         if newest is not None:
             refuse_changed_config(newest, config)
 
+        embeddings, size, held_out = stored_embeddings(config), config.stage.size, config.data.validation
         shapes = tuple((width, height) for width, height in config.stage.buckets)
         buckets = Buckets(shapes, training.batch_size) if shapes else None
         told = progress and self.accelerator.is_main_process
         with self.accelerator.main_process_first() if buckets else contextlib.nullcontext():  # it keeps the pictures' sizes for the others
             self.reader = open_reader(
                 config.data.train,
-                size=config.stage.size,
+                size=size,
                 seed=training.seed,
                 processes=self.world_size,
+                embeddings=embeddings,
                 buckets=buckets,
                 progress=told,
             )
-        self.validation = ShardReader([config.data.validation], size=config.stage.size, seed=0) if config.data.validation else None
-        conditioner = TextConditioner.from_config(config.stage.encoders, device=self.device)
+        self.validation = ShardReader([held_out], size=size, seed=0, embeddings=embeddings) if held_out else None
+        conditioner = open_conditioner(
+            config, self.reader.embeddings, self.validation, device=self.device, main_process=self.accelerator.is_main_process
+        )
         self.task = DiffusionTask(config.stage, conditioner, seed=training.seed, device=self.device, bf16=training.precision == "bf16")
 
         if self.accelerator.is_main_process:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from t2i_experts.diffusion.noise import LogNormalSigma
 from t2i_experts.shards.order import position_rng
 from t2i_experts.shards.reader import Sample, ShardReader, Unreadable, UnreadableSample
-from t2i_experts.training.task import DiffusionTask
-from t2i_experts.types import Denoiser
+from t2i_experts.training.task import DiffusionTask, text_inputs
+from t2i_experts.types import Denoiser, TextFeatures
 
 GOLDEN = 0.6180339887498949
 
@@ -91,21 +91,23 @@ def validate(
         rows: list[int] = []
         samples: list[Sample] = []
         captions: list[str] = []
+        features: list[Mapping[str, TextFeatures]] = []
         for i in range(start, min(start + batch_size, count)):
             try:
                 sample = reader.item(i)
-                caption = reader.raw((i + 17) % count).captions[0] if shuffled else sample.caption
+                other = reader.raw((i + 17) % count) if shuffled else None
             except UnreadableSample as error:
                 unreadable.append(error.what)
                 continue
             rows.append(i)
             samples.append(sample)
-            captions.append(caption)
+            captions.append(sample.caption if other is None else other.captions[0])
+            features.append(sample.features if other is None else {name: rows[0] for name, rows in other.features.items()})
         if not rows:
             continue
         pixels = task.images(torch.stack([sample.image for sample in samples]))
         drops = {name: torch.full((len(rows),), name in without) for name in task.stage.encoders}
-        conditioning = task.conditioner.encode(task.conditioner.tokenizer(captions), pixels, drops)
+        conditioning = task.conditioner.encode(text_inputs(task.conditioner.tokenizer, captions, features), pixels, drops)
         eps = torch.stack([_noise(i, pixels.shape[1:]) for i in rows]).to(task.device)
         sigmas = torch.stack([fixed_sigmas(task.noise, i, bins) for i in rows]).float().to(task.device)
         for b in range(bins):

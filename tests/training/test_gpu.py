@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from t2i_experts.cli.app import main
 from t2i_experts.config import load_config
 from t2i_experts.training.trainer import Trainer
 
@@ -24,9 +25,16 @@ def test_first_losses_agree_with_the_cpu(write_config: Callable[[str], Path]) ->
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
 
 
+@pytest.mark.parametrize("embeddings", ["online", "stored"])
 @pytest.mark.parametrize("compiled", ["false", "true"])
-def test_a_step_does_not_wait_for_the_device(write_config: Callable[[str], Path], compiled: str) -> None:
+def test_a_step_does_not_wait_for_the_device(write_config: Callable[[str], Path], tmp_path: Path, compiled: str, embeddings: str) -> None:
     overrides = ["training.device=null", "training.precision=bf16", f"training.compile={compiled}"]
+    if embeddings == "stored":
+        train = tmp_path / "embedded"
+        plain = load_config(write_config("run")).data.train[0]
+        with pytest.raises(SystemExit, match="0"):
+            main(["shards", "embed", plain, "--config", str(write_config("run")), "--out", str(train)])
+        overrides += ["data.embeddings=stored", f"data.train=[{train}]", "data.validation=null", "training.validation.every_images=0"]
     trainer = Trainer(load_config(write_config("run"), overrides), progress=False)
     batches = trainer._batches()
     for _ in range(3):
