@@ -39,10 +39,11 @@ class BlankEncoder:
 
 
 def blank_encoder(config: EncoderConfig, root: Path | None = None) -> BlankEncoder | None:
-    """The encoder that `config` names without its weights; None if its architecture is not known here (a plugin's, or not downloaded yet).
-
-    Raises ValueError for a folder that does not exist.
-    """
+    """The encoder that `config` names without its weights; None if its architecture is not known here: it is a plugin's, or not there."""
+    try:
+        local_folder(config.model, root)
+    except ValueError:
+        return None
     with torch.device("meta"), _quiet():
         match config.kind:
             case "t5":
@@ -86,6 +87,8 @@ def _clip(config: EncoderConfig, root: Path | None) -> nn.Module | None:
 
     folder = local_folder(config.model, root)
     name = config.model if folder is None else f"local-dir:{folder}"
+    if folder is not None and not (folder / "open_clip_config.json").is_file():
+        return None
     if name.startswith("hf-hub:") and cached(name.removeprefix("hf-hub:"), "open_clip_config.json") is None:
         return None
     if ":" not in name and open_clip.get_model_config(name) is None:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
+from torch._functorch.aot_autograd import aot_function, make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule
 
 from t2i_experts.training.allocations import Allocations
@@ -56,7 +57,7 @@ def compiled_activations(network: nn.Module, inputs: Callable[[], Inputs], preci
 
     def run() -> Tensor:
         x, sigma, conditioning = inputs()
-        embeddings = {
+        embeddings: dict[str, tuple[Tensor, ...]] = {
             name: (e.tokens, e.mask) if e.pooled is None else (e.tokens, e.mask, e.pooled) for name, e in conditioning.embeddings.items()
         }
         with precision:

@@ -82,7 +82,7 @@ def micro_batch(training: TrainingConfig, processes: int = 1) -> int:
 def estimate_training(config: RunConfig, *, processes: int = 1) -> TrainingMemory:
     """The memory of one of `processes` processes that train `config`. Nothing is read but the encoders' architectures.
 
-    Raises ValueError for a batch that the processes cannot share, and for an encoder's folder that does not exist.
+    Raises ValueError for a batch that the processes cannot share.
     """
     training, stage = config.training, config.stage
     batch = micro_batch(training, processes)
@@ -123,7 +123,7 @@ def estimate_training(config: RunConfig, *, processes: int = 1) -> TrainingMemor
         gradients=gradients,
         optimizer=2 * gradients,
         averages=weights * (len(training.ema.sigma_rel) if training.ema.kind == "power" else 1),
-        encoders={name: blank and held_by(blank.model) for name, blank in encoders.items()},
+        encoders=_sizes(encoders),
         activations=peak - gradients,
         compiled=compiled,
         uncompiled=uncompiled - gradients,
@@ -132,7 +132,7 @@ def estimate_training(config: RunConfig, *, processes: int = 1) -> TrainingMemor
 
 @torch.no_grad()
 def estimate_sampling(stage: StageConfig, images: int, dtype: torch.dtype = torch.float32) -> SamplingMemory:
-    """The memory of drawing `images` pictures together, with guidance, by a network in `dtype`. Raises as `estimate_training` does."""
+    """The memory of drawing `images` pictures together, with guidance, by a network in `dtype`."""
     with torch.device("meta"):
         network = build_network(stage).to(dtype)
     blanks = {name: blank_encoder(encoder) for name, encoder in stage.encoders.items()}
@@ -150,13 +150,17 @@ def estimate_sampling(stage: StageConfig, images: int, dtype: torch.dtype = torc
         images=images,
         dtype=str(dtype).removeprefix("torch."),
         weights=held_by(network),
-        encoders={name: blank and held_by(blank.model) for name, blank in encoders.items()},
+        encoders=_sizes(encoders),
         activations=allocations.peak,
     )
 
 
 def _faked(blank: BlankEncoder) -> BlankEncoder:
     return BlankEncoder(materialized(blank.model), blank.encode)
+
+
+def _sizes(encoders: Mapping[str, BlankEncoder | None]) -> dict[str, int | None]:
+    return {name: None if blank is None else held_by(blank.model) for name, blank in encoders.items()}
 
 
 def _images(stage: StageConfig, batch: int) -> Tensor:
