@@ -88,9 +88,8 @@ def _examine(
             measured = measure_training(config, processes=processes)
             sections["measured"] = preflight.measured_rows(memory, measured)
         except torch.OutOfMemoryError as error:
-            sections["measured"] = [
-                Finding("training", "out of memory", problem=f"--measure: {str(error).split('. ')[0]}: see memory above")
-            ]
+            problem = f"--measure: {str(error).split('. ')[0]}; what to do is said under memory"
+            sections["measured"] = [Finding("training", "out of memory", problem=problem)]
     if shards and not any(row.problem for row in sections["shards"] if row.name == "train"):
         sections["throughput"] = preflight.throughput(config, missing, measured)
     return sections

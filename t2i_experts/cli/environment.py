@@ -33,7 +33,8 @@ def packages() -> list[Finding]:
         requirements = metadata.requires(DISTRIBUTION) or []
         needed = metadata.metadata(DISTRIBUTION)["Requires-Python"] or ""
     except metadata.PackageNotFoundError:
-        return [*rows, Finding("requirements", "unknown", problem=f"{DISTRIBUTION} is not installed, only on the path: pip install -e .")]
+        note = f"{DISTRIBUTION} is on the path but not installed, so what it needs is not known: pip install -e ."
+        return [*rows, Finding("requirements", "not known", note=note)]
     if _numbers(platform.python_version()) < _numbers(needed):
         rows[0] = Finding("python", rows[0].text, rows[0].value, problem=f"this is Python {rows[0].value}: install Python {needed}")
     seen: set[str] = set()

@@ -79,8 +79,8 @@ def disk(config: RunConfig, memory: TrainingMemory) -> list[Finding]:
     training, output = config.training, Path(config.output)
     checkpoint = memory.weights + memory.averages + memory.optimizer
     kept = training.keep_checkpoints + 1 + bool(training.validation.every_images)  # one that is being written, and the best
-    places = {found.place: found.bytes for found in map(find_encoder, config.stage.encoders.values()) if found.place}
-    models = (1 + bool(training.validation.every_images)) * memory.weights + sum(places.values())
+    copied = {found.place: found.bytes for found in map(find_encoder, config.stage.encoders.values()) if found.local}
+    models = (1 + bool(training.validation.every_images)) * (memory.weights + sum(copied.values()))
     every = training.ema.snapshot_every_images
     snapshots = training.images // every * memory.averages if every else 0
     total = kept * checkpoint + models + snapshots

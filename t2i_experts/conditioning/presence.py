@@ -21,12 +21,13 @@ _CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 class Presence:
     """place: the folder or file in which the weights are, None if they are not here. bytes: of these weights on the disk.
 
-    remedy: how to get them, in one line; empty where nothing is missing. known: False for an encoder of a plugin, which alone knows what
+    local: whether they are in a folder of their own, which model folders copy. remedy: how to get them, in one line; empty where nothing is missing. known: False for an encoder of a plugin, which alone knows what
     its files are.
     """
 
     place: Path | None = None
     bytes: int = 0
+    local: bool = False
     remedy: str = ""
     known: bool = True
 
@@ -65,7 +66,7 @@ def _in_folder(model: str, folder: Path, files: Iterable[str], weights: Iterable
     if lacking:
         remedy = "install the package again" if model.startswith(EMBEDDED) else "copy the whole model there"
         return Presence(remedy=f"{folder} lacks {' and '.join(lacking)}: {remedy}")
-    return Presence(folder, _weight_bytes(folder))
+    return Presence(folder, _weight_bytes(folder), local=True)
 
 
 def _in_cache(repository: str, files: Iterable[str], weights: Iterable[str], patterns: str) -> Presence:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._functorch.aot_autograd import aot_function, make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._functorch.aot_autograd import aot_function
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule
 
@@ -33,7 +34,7 @@ def compiled_activations(network: nn.Module, inputs: Callable[[], Inputs], preci
 
     temporaries: list[int] = []
 
-    def forward(weights: dict[str, Tensor], x: Tensor, sigma: Tensor, embeddings: dict[str, tuple[Tensor, ...]]) -> Tensor:
+    def forward(weights: dict[str, Any], x: Tensor, sigma: Tensor, embeddings: dict[str, tuple[Tensor, ...]]) -> Tensor:
         conditioning = Conditioning({name: Embedding(*tensors) for name, tensors in embeddings.items()})
         output: Tensor = torch.func.functional_call(network, weights, (x, sigma, conditioning))
         return output
@@ -42,18 +43,18 @@ def compiled_activations(network: nn.Module, inputs: Callable[[], Inputs], preci
         joint_graph_passes(graph)
         return min_cut_rematerialization_partition(graph, joint_inputs, compiler="inductor", **settings)
 
-    def keep(graph: GraphModule, example: Sequence[Any]) -> Any:
-        return make_boxed_func(graph.forward)
+    def keep(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
+        return make_boxed_func(gm.forward)
 
-    def keep_backward(graph: GraphModule, example: Sequence[Any]) -> Any:
-        made = (node.meta.get("val") for node in graph.graph.nodes if node.op == "call_function")
+    def keep_backward(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
+        made = (node.meta.get("val") for node in gm.graph.nodes if node.op == "call_function")
         temporaries.append(max((value.nbytes for value in made if isinstance(value, Tensor)), default=0))
-        return keep(graph, example)
+        return keep(gm, example_inputs)
 
     traced = aot_function(
         forward, fw_compiler=keep, bw_compiler=keep_backward, partition_fn=partition, decompositions=select_decomp_table()
     )
-    weights = dict(network.named_parameters())
+    weights: dict[str, Any] = dict(network.named_parameters())
 
     def run() -> Tensor:
         x, sigma, conditioning = inputs()
