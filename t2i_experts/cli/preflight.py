@@ -112,7 +112,7 @@ def memory_rows(config: RunConfig, memory: TrainingMemory, sampling: SamplingMem
         activations += f" compiled ({size(memory.uncompiled)} if it were not)"
     elif config.training.compile:
         activations += " (not compiled; compiled takes less)"
-        note = "the estimate is for uncompiled code: an upper bound for training.compile=true with gradient checkpointing"
+        note = "the estimate is for uncompiled code: an upper bound for compiled code, which was not traced here"
     rows.append(Finding("activations", activations, {"bytes": memory.activations, "compiled": memory.compiled}, note=note))
     if config.training.compile and device == "the CPU" and config.training.device is None:
         rows.append(Finding("device", device, device, note="no GPU is here: this config would train on the CPU"))

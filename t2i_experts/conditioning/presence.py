@@ -19,9 +19,10 @@ _CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 @dataclass(frozen=True)
 class Presence:
-    """place: the folder or file in which the weights are, None if they are not here. bytes: of these weights on the disk.
+    """place: the folder or file in which the weights are, None if they are not here. bytes: of these weights on the disk. local: whether
+    they are in a folder of the user's or of this package, which model folders copy.
 
-    local: whether they are in a folder of their own, which model folders copy. remedy: how to get them, in one line; empty where nothing is missing. known: False for an encoder of a plugin, which alone knows what
+    remedy: how to get them, in one line; empty where nothing is missing. known: False for an encoder of a plugin, which alone knows what
     its files are.
     """
 

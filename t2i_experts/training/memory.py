@@ -19,6 +19,7 @@ from t2i_experts.cascade.stage import IMAGE_CHANNELS, build_network
 from t2i_experts.conditioning.blank import BlankEncoder, blank_encoder
 from t2i_experts.config import RunConfig, StageConfig, TrainingConfig
 from t2i_experts.diffusion.loss import EDMLoss
+from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.training.allocations import Allocations, held_by, materialized
 from t2i_experts.training.compiled import compiled_activations
 from t2i_experts.types import Conditioning, Embedding
@@ -95,27 +96,23 @@ def estimate_training(config: RunConfig, *, processes: int = 1) -> TrainingMemor
         encoders = {name: blank and _faked(blank) for name, blank in blanks.items()}
         materialized(network)
         bf16 = torch.autocast("cpu", torch.bfloat16, enabled=training.precision == "bf16")
-
-        def inputs() -> tuple[Tensor, Tensor, Conditioning]:
-            x = _images(stage, batch)
-            return x + torch.randn(x.shape), torch.rand(batch), _encoded(stage, encoders, x, {})
-
         # Gradients that are added to exist all the time: those of a step's earlier batches, and those that processes share in buckets.
         passes = 1 if training.accumulation == processes == 1 else 2
         with Allocations() as allocations:
+            encoding = 0
             for _ in range(passes):
                 images = _images(stage, batch)
                 conditioning = _encoded(stage, encoders, images, {name: 1 - e.drop for name, e in stage.encoders.items()})
+                encoding = encoding or allocations.peak
                 sigma, eps = torch.rand(batch), torch.randn(images.shape)
                 with bf16:
                     loss = EDMLoss(stage.noise.sigma_data)(network, images, sigma, eps, conditioning)
                 del conditioning
                 loss.mean().backward()
         peak = uncompiled = max(allocations.peak, gradients)
-        compiled = training.compile and not training.gradient_checkpointing
-        if compiled:
-            held = gradients if passes > 1 else 0
-            peak = max(compiled_activations(network, inputs, bf16) + held, gradients)
+        remembered = _compiled(config, network, batch, bf16) if training.compile else None
+        if remembered is not None:
+            peak = max(max(remembered, encoding) + (gradients if passes > 1 else 0), gradients)
     return TrainingMemory(
         batch_size=batch,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
@@ -125,7 +122,7 @@ def estimate_training(config: RunConfig, *, processes: int = 1) -> TrainingMemor
         averages=weights * (len(training.ema.sigma_rel) if training.ema.kind == "power" else 1),
         encoders=_sizes(encoders),
         activations=peak - gradients,
-        compiled=compiled,
+        compiled=remembered is not None,
         uncompiled=uncompiled - gradients,
     )
 
@@ -153,6 +150,25 @@ def estimate_sampling(stage: StageConfig, images: int, dtype: torch.dtype = torc
         encoders=_sizes(encoders),
         activations=allocations.peak,
     )
+
+
+def _compiled(config: RunConfig, network: EDMPrecond, batch: int, precision: torch.autocast) -> int | None:
+    """See `compiled_activations`; None for a network that cannot be traced as one graph, and with gradient checkpointing, whose second
+    computation this trace would take for the first one over again."""
+    if config.training.gradient_checkpointing:
+        return None
+    stage = config.stage
+
+    def inputs() -> tuple[Tensor, Tensor, Conditioning]:
+        x = _images(stage, batch)
+        return x + torch.randn(x.shape), torch.rand(batch), _encoded(stage, dict.fromkeys(stage.encoders), x, {})
+
+    try:
+        return compiled_activations(network, inputs, precision)
+    except Exception:
+        if stage.network.backbone == "unet":
+            raise
+        return None  # a plugin's: the compiler, too, would take it in pieces
 
 
 def _faked(blank: BlankEncoder) -> BlankEncoder:
