@@ -12,6 +12,7 @@ from t2i_experts.shards.loader import open_loader
 from t2i_experts.shards.reader import ShardReader
 from t2i_experts.training.task import Collate
 
+SECONDS = 3.0  # of reading
 _BATCH = 64  # at most: a batch of thousands would take longer than the whole measurement
 
 
@@ -26,8 +27,8 @@ class Throughput:
     untokenised: tuple[str, ...] = ()
 
 
-def measure_loader(config: RunConfig, *, seconds: float = 3.0, missing: tuple[str, ...] = ()) -> Throughput:
-    """Reads the training shards for about `seconds`, after a batch of each worker that does not count.
+def measure_loader(config: RunConfig, *, missing: tuple[str, ...] = ()) -> Throughput:
+    """Reads the training shards for about `SECONDS`, after a batch of each worker that does not count.
 
     missing: encoders that cannot be loaded. Raises ValueError for shards that cannot be read.
     """
@@ -43,7 +44,7 @@ def measure_loader(config: RunConfig, *, seconds: float = 3.0, missing: tuple[st
         for _ in range(max(config.data.workers, 1)):  # while the workers start
             next(batches)
         started, passed, read = time.monotonic(), 0.0, 0
-        while passed < seconds:
+        while passed < SECONDS:
             read += len(next(batches).keys)
             passed = time.monotonic() - started
     return Throughput(round(read / passed, 1), read, config.data.workers, missing)

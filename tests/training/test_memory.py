@@ -7,15 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from t2i_experts.cascade.stage import build_network
 from t2i_experts.conditioning.blank import blank_encoder
 from t2i_experts.conditioning.conditioner import TextConditioner
 from t2i_experts.config import EncoderConfig, StageConfig, load_config
+from t2i_experts.nn.layers import rms_norm
 from t2i_experts.training.allocations import Allocations, held_by, materialized, occupied
+from t2i_experts.training.compiled import compiled_activations
 from t2i_experts.training.measure import measure_training
 from t2i_experts.training.memory import estimate_sampling, estimate_training
+from t2i_experts.types import Conditioning, Embedding
 
 WriteConfig = Callable[[str], Path]
 
@@ -52,18 +56,57 @@ def test_what_is_held_all_the_time_is_exact(write_config: WriteConfig) -> None:
     assert memory.encoders == {name: held_by(encoder.model) for name, encoder in loaded.items()}
 
 
-def test_it_follows_batch_processes_checkpointing_and_compilation(write_config: WriteConfig) -> None:
+def test_it_follows_processes_and_checkpointing(write_config: WriteConfig) -> None:
     def activations(*overrides: str, processes: int = 1) -> int:
         return estimate_training(load_config(write_config("run"), ["training.batch_size=64", *overrides]), processes=processes).activations
 
     whole = activations()
-    assert activations("training.batch_size=128") == pytest.approx(2 * whole, rel=0.05)
-    assert activations("training.accumulation=2") == pytest.approx(activations(processes=2))
-    assert activations(processes=2) < 0.6 * whole
+    assert 0.4 * whole < activations(processes=2) < 0.6 * whole
     assert activations("training.gradient_checkpointing=2") < 0.7 * whole
-    assert activations("training.compile=true") < 0.7 * whole
-    with pytest.raises(ValueError, match="training.batch_size=64 must be a multiple of accumulation x processes = 1 x 3"):
+    with pytest.raises(ValueError, match=r"training\.batch_size=64 must be a multiple of accumulation x processes = 1 x 3"):
         activations(processes=3)
+
+
+class Convolutions(nn.Module):
+    """A denoiser of two convolutions with several operations on each value between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        h = nn.functional.silu(rms_norm(self.first(x), 1) * 1.5)
+        return self.second(nn.functional.silu(h + 1).exp())
+
+
+def test_compiled_code_remembers_what_the_convolutions_need() -> None:
+    """Of all the wide maps between them only the first one's output, beside one temporary; uncompiled code keeps four."""
+    with torch.device("meta"):
+        network = Convolutions()
+    wide = 4 * 8 * 32 * 32 * 32
+
+    def inputs() -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
+        return torch.empty(8, 3, 32, 32), torch.ones(8), Conditioning({"t5": Embedding.null(8, 4, 16)})
+
+    with FakeTensorMode():
+        materialized(network)
+        compiled = compiled_activations(network, inputs, torch.autocast("cpu", torch.bfloat16, enabled=False))
+        with Allocations() as allocations:
+            output = network(*inputs())
+            uncompiled = allocations.current
+            del output
+    assert 2 * wide < compiled < 2.5 * wide
+    assert uncompiled > 4 * wide
+
+
+def test_a_compiled_run_is_estimated_as_compiled(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("t2i_experts.training.memory.compiled_activations", lambda *arguments: 10**6)
+    compiled = estimate_training(load_config(write_config("run"), ["training.compile=true"]))
+    assert compiled.compiled
+    assert compiled.activations == 10**6 - compiled.gradients < compiled.uncompiled
+    checkpointed = estimate_training(load_config(write_config("run"), ["training.compile=true", "training.gradient_checkpointing=1"]))
+    assert not checkpointed.compiled
+    assert checkpointed.activations == checkpointed.uncompiled
 
 
 def test_sampling_takes_less_in_bfloat16_and_more_for_more_pictures(stage_config: StageConfig) -> None:
