@@ -1,0 +1,124 @@
+"""What a training step really takes: memory and time, on random pictures, without shards and without a run's folder."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from t2i_experts.cascade.pipeline import default_device
+from t2i_experts.cascade.stage import IMAGE_CHANNELS, build_network
+from t2i_experts.conditioning.conditioner import TextConditioner
+from t2i_experts.config import RunConfig
+from t2i_experts.shards.reader import Sample
+from t2i_experts.training.allocations import occupied
+from t2i_experts.training.ema import build_ema
+from t2i_experts.training.memory import micro_batch
+from t2i_experts.training.optim import build_optimizer
+from t2i_experts.training.task import DiffusionTask
+from t2i_experts.training.uncertainty import LearnedWeighting
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """peak: bytes that tensors occupied on the device at the worst moment of a training step; None on devices that cannot tell.
+    images_per_second: of one process, without waiting for data."""
+
+    device: str
+    batch_size: int
+    peak: int | None
+    images_per_second: float
+
+
+def training_device(config: RunConfig) -> torch.device:
+    """Where a process of this config trains."""
+    return torch.device(config.training.device) if config.training.device else default_device()
+
+
+def measure_training(config: RunConfig, *, processes: int = 1) -> MeasuredStep:
+    """Runs training steps of one of `processes` processes, without the others: one to warm up, one for the clock, one for the memory.
+
+    On CUDA the peak is the caching allocator's; on the CPU it is what torch's profiler saw allocated during a step, and the tensors that
+    were there before it. Raises ValueError as training would, for encoders that cannot be loaded.
+    """
+    training, device = config.training, training_device(config)
+    batch_size = micro_batch(training, processes)
+    torch.manual_seed(training.seed)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as in training
+    conditioner = TextConditioner.from_config(config.stage.encoders, device=device)
+    task = DiffusionTask(config.stage, conditioner, seed=training.seed, device=device, bf16=training.precision == "bf16")
+    network = build_network(config.stage, checkpointed_resolutions=training.gradient_checkpointing).to(device)
+    ema, optimizer = build_ema(network, training.ema), build_optimizer(network, training.optimizer)
+    weighting = LearnedWeighting(training.optimizer, device) if training.uncertainty_weighting else None
+    if training.compile:
+        network.compile()
+    size = (batch_size, IMAGE_CHANNELS, config.stage.size, config.stage.size)
+    pictures = torch.randint(256, size, dtype=torch.uint8)
+    caption = "a picture of many things " * max(encoder.max_tokens for encoder in config.stage.encoders.values())
+    batch = task.collate()([Sample(i, str(i), picture, caption, {}) for i, picture in enumerate(pictures)])
+
+    def step() -> None:
+        for _ in range(training.accumulation):
+            losses = task.losses(network, batch)
+            objective = weighting.objective(losses, task.sigmas(batch)) if weighting else losses
+            (objective.mean() / training.accumulation).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), training.optimizer.clip_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if weighting:
+            weighting.step(training.optimizer.learning_rate, lambda gradient: gradient)
+        ema.update(network, training.batch_size, training.batch_size)
+
+    def held() -> int:
+        moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        modules = [network, getattr(ema, "networks", ema.network), *(encoder.model for encoder in conditioner.encoders.values())]
+        return occupied([*moments, *(t for module in modules for t in (*module.parameters(), *module.buffers()))])
+
+    step()  # the moments come into being; code is compiled
+    _synchronize(device)
+    started = time.monotonic()
+    step()
+    _synchronize(device)
+    rate = training.accumulation * batch_size / (time.monotonic() - started)
+    return MeasuredStep(str(device), batch_size, _peak(step, held, device), round(rate, 2))
+
+
+def _peak(step: Callable[[], None], held: Callable[[], int], device: torch.device) -> int | None:
+    match device.type:
+        case "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            step()
+            _synchronize(device)
+            return torch.cuda.max_memory_allocated(device)
+        case "cpu":
+            return held() + _most_allocated(step)
+        case _:
+            return None
+
+
+def _most_allocated(work: Callable[[], None]) -> int:
+    """The most bytes that the CPU's allocator gave out during `work` and had not got back; what was there before does not count."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its lines on stderr say nothing about this
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

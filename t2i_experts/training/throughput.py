@@ -1,0 +1,50 @@
+"""How many samples a second the loader brings to one process of a run, with nothing else to do."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+
+from t2i_experts.conditioning.conditioner import PromptTokenizer
+from t2i_experts.config import EncoderConfig, RunConfig
+from t2i_experts.shards.loader import open_loader
+from t2i_experts.shards.reader import ShardReader
+from t2i_experts.training.task import Collate
+
+SECONDS = 3.0  # of reading
+_BATCH = 64  # at most: a batch of thousands would take longer than the whole measurement
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """samples_per_second: read, decoded and tokenised, of one process with `workers` workers, over `samples` samples. untokenised: text
+    encoders whose vocabulary is not here, without which it was measured."""
+
+    samples_per_second: float
+    samples: int
+    workers: int
+    untokenised: tuple[str, ...] = ()
+
+
+def measure_loader(config: RunConfig, *, missing: tuple[str, ...] = ()) -> Throughput:
+    """Reads the training shards for about `SECONDS`, after a batch of each worker that does not count.
+
+    missing: encoders that cannot be loaded. Raises ValueError for shards that cannot be read.
+    """
+    encoders: dict[str, EncoderConfig] = {name: e for name, e in config.stage.encoders.items() if name not in missing}
+    reader = ShardReader(config.data.train, size=config.stage.size, seed=config.training.seed)
+    rates = {name: encoder.drop for name, encoder in config.stage.encoders.items()}
+    collate = Collate(PromptTokenizer.from_config(encoders), rates, config.training.seed)
+    size = min(_BATCH, config.training.batch_size)
+    batches = open_loader(
+        reader, collate, start=0, stop=None, batch_size=size, accumulation=1, rank=0, world_size=1, workers=config.data.workers
+    )
+    with contextlib.closing(batches):
+        for _ in range(max(config.data.workers, 1)):  # while the workers start
+            next(batches)
+        started, passed, read = time.monotonic(), 0.0, 0
+        while passed < SECONDS:
+            read += len(next(batches).keys)
+            passed = time.monotonic() - started
+    return Throughput(round(read / passed, 1), read, config.data.workers, missing)
