@@ -56,13 +56,17 @@ def _encoder(name: str, config: EncoderConfig, found: Presence, problem: str) ->
 
 
 def shards(config: RunConfig) -> list[Finding]:
-    """Whether the shard folders are here and whole, as far as sizes tell."""
+    """Whether the shard folders are here and whole, as far as sizes tell. What lies behind URLs is left to `throughput`."""
+    from t2i_experts.config import is_url
     from t2i_experts.shards.reader import ShardReader
 
     folders = [("train", folder) for folder in config.data.train]
     folders += [("validation", config.data.validation)] if config.data.validation else []
     rows = []
     for use, folder in folders:
+        if is_url(folder):
+            rows.append(Finding(use, f"{folder}: read as a stream", {"url": folder}))
+            continue
         try:
             samples = ShardReader([folder], size=config.stage.size, seed=0).samples
             rows.append(Finding(use, f"{samples:,} samples in {folder}", {"folder": folder, "samples": samples}))

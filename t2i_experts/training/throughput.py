@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from t2i_experts.conditioning.conditioner import PromptTokenizer
 from t2i_experts.config import EncoderConfig, RunConfig
-from t2i_experts.shards.loader import open_loader
-from t2i_experts.shards.reader import ShardReader
+from t2i_experts.shards.stream import open_batches
+from t2i_experts.training.data import open_training_shards
 from t2i_experts.training.task import Collate
 
 SECONDS = 3.0  # of reading
@@ -33,11 +33,11 @@ def measure_loader(config: RunConfig, *, missing: tuple[str, ...] = ()) -> Throu
     missing: encoders that cannot be loaded. Raises ValueError for shards that cannot be read.
     """
     encoders: dict[str, EncoderConfig] = {name: e for name, e in config.stage.encoders.items() if name not in missing}
-    reader = ShardReader(config.data.train, size=config.stage.size, seed=config.training.seed)
+    size = min(_BATCH, config.training.batch_size)
+    reader = open_training_shards(replace(config, training=replace(config.training, batch_size=size)), processes=1)
     rates = {name: encoder.drop for name, encoder in config.stage.encoders.items()}
     collate = Collate(PromptTokenizer.from_config(encoders), rates, config.training.seed)
-    size = min(_BATCH, config.training.batch_size)
-    batches = open_loader(
+    batches = open_batches(
         reader, collate, start=0, stop=None, batch_size=size, accumulation=1, rank=0, world_size=1, workers=config.data.workers
     )
     with contextlib.closing(batches):

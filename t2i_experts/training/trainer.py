@@ -21,9 +21,9 @@ from t2i_experts.cascade.model_folder import save_model
 from t2i_experts.cascade.stage import Stage, build_network
 from t2i_experts.config import RunConfig, to_plain, to_yaml
 from t2i_experts.diffusion.precond import EDMPrecond
-from t2i_experts.shards.buckets import Buckets
 from t2i_experts.shards.reader import ShardReader
-from t2i_experts.shards.stream import StreamReader, open_batches, open_reader
+from t2i_experts.shards.stream import StreamReader, open_batches
+from t2i_experts.training.data import open_training_shards
 from t2i_experts.training.divergence import LossWatch, TrainingDiverged
 from t2i_experts.training.ema import build_ema
 from t2i_experts.training.embeddings import open_conditioner, stored_embeddings
@@ -70,21 +70,11 @@ class Trainer:
         if newest is not None:
             refuse_changed_config(newest, config)
 
-        embeddings, size, held_out = stored_embeddings(config), config.stage.size, config.data.validation
-        shapes = tuple((width, height) for width, height in config.stage.buckets)
-        buckets = Buckets(shapes, training.batch_size) if shapes else None
-        told = progress and self.accelerator.is_main_process
-        with self.accelerator.main_process_first() if buckets else contextlib.nullcontext():  # it keeps the pictures' sizes for the others
-            self.reader = open_reader(
-                config.data.train,
-                size=size,
-                seed=training.seed,
-                processes=self.world_size,
-                embeddings=embeddings,
-                buckets=buckets,
-                progress=told,
-            )
-        self.validation = ShardReader([held_out], size=size, seed=0, embeddings=embeddings) if held_out else None
+        told, first = progress and self.accelerator.is_main_process, bool(config.stage.buckets)
+        with self.accelerator.main_process_first() if first else contextlib.nullcontext():  # it keeps the pictures' sizes for the others
+            self.reader = open_training_shards(config, processes=self.world_size, progress=told)
+        size, held_out = config.stage.size, config.data.validation
+        self.validation = ShardReader([held_out], size=size, seed=0, embeddings=stored_embeddings(config)) if held_out else None
         conditioner = open_conditioner(
             config, self.reader.embeddings, self.validation, device=self.device, main_process=self.accelerator.is_main_process
         )
@@ -106,6 +96,7 @@ class Trainer:
         if self.resumed_from is not None:
             self.state.restore(self.resumed_from)
         if training.compile:
+            shapes = config.stage.buckets
             if shapes:  # one compilation for each, since kernels for any shape are slower; beyond the limit it would stop compiling
                 dynamo = torch._dynamo.config
                 dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(shapes))
