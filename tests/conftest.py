@@ -183,15 +183,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def write_config(tmp_path: Path, shards: Path, t5_folder: Path, clip_folder: Path) -> Callable[[str], Path]:
-    """Writes the config of a run with the given name, whose output is tmp_path / name."""
-
-    def write(name: str) -> Path:
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(
-            f"""
-output: {tmp_path / name}
+def run_config(output: Path, shards: Path, t5_folder: Path, clip_folder: Path) -> str:
+    """The config of a run that takes about a second."""
+    return f"""
+output: {output}
 stage:
   size: 16
   network: {NETWORK}
@@ -211,9 +206,16 @@ training:
   preview: {{prompts: [a red cube, dogs], every_images: 64, steps: 2, guidance: 2.0}}
   validation: {{every_images: 32, images: 8, bins: 2}}
 sampling: {{steps: 3, guidance: 2.0}}
-""",
-            encoding="utf-8",
-        )
+"""
+
+
+@pytest.fixture
+def write_config(tmp_path: Path, shards: Path, t5_folder: Path, clip_folder: Path) -> Callable[[str], Path]:
+    """Writes the config of a run with the given name, whose output is tmp_path / name."""
+
+    def write(name: str) -> Path:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(run_config(tmp_path / name, shards, t5_folder, clip_folder), encoding="utf-8")
         return path
 
     return write
@@ -269,3 +271,22 @@ class TarHandler(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments: object) -> None:
         pass
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, shards: Path, t5_folder: Path, clip_folder: Path) -> Path:
+    """A finished run with power-function averages and snapshots after 16, 32, 48 and 64 images, to look at and not to change.
+
+    Beside it lies its config, `run.yaml`, with which it would go on.
+    """
+    from t2i_experts.config import load_config
+    from t2i_experts.training.trainer import train
+
+    root = tmp_path_factory.mktemp("trained")
+    text = run_config(root / "run", shards, t5_folder, clip_folder)
+    text = text.replace("ema: {halflife_kimg: 0.02}", "ema: {kind: power, snapshot_every_images: 16}").replace(
+        "every_images: 64", "every_images: 0"
+    )
+    (root / "run.yaml").write_text(text, encoding="utf-8")
+    train(load_config(root / "run.yaml"), progress=False)
+    return root / "run"

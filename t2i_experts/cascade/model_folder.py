@@ -156,6 +156,18 @@ def load_model(model: str | Path | None, *, device: torch.device | str = "cpu", 
     Raises ValueError naming the file and the field for a folder that is not whole.
     """
     folder = find_model(model)
+    config, sampling = read_configs(folder)
+    weights = folder / config.name / WEIGHTS
+    stage = Stage(config, load_denoiser(weights, config, device=device, dtype=dtype), sampling)
+    conditioner = TextConditioner.from_config(config.encoders, root=folder, device=device)
+    provenance = _read_json(folder / INDEX).get("provenance") or {}
+    if not isinstance(provenance, dict):
+        raise ValueError(f"{folder / INDEX}: provenance={provenance!r} must be a JSON object")
+    return LoadedModel({config.name: stage}, conditioner, _digest(weights)[:16], "embedded" if model is None else str(model), provenance)
+
+
+def read_configs(folder: Path) -> tuple[StageConfig, SamplingConfig]:
+    """What a model folder says of its stage and of how to sample from it. Raises ValueError naming the file and the field."""
     index = _read_json(folder / INDEX)
     names, samplings = index.get("stages"), index.get("sampling")
     if not isinstance(names, list) or len(names) != 1:
@@ -164,22 +176,18 @@ def load_model(model: str | Path | None, *, device: torch.device | str = "cpu", 
     check_stage_name(name, f"{folder / INDEX}: stages[0]")
     if not isinstance(samplings, dict) or name not in samplings:
         raise ValueError(f"{folder / INDEX} is not whole: it lacks sampling.{name}; save or fetch the model again")
-    path, weights = folder / name / "config.json", folder / name / WEIGHTS
+    path = folder / name / "config.json"
     tree = _read_json(path)
     tree.pop("_class_name", None)
     with _naming(path):
         config: StageConfig = from_plain(StageConfig, tree)
         check_stage(config, prefix="")
+        if config.name != name:
+            raise ValueError(f"name={config.name!r} must be {name!r}, as {INDEX} says")
     with _naming(folder / INDEX):
         sampling: SamplingConfig = from_plain(SamplingConfig, samplings[name])
         check_sampling(sampling, prefix=f"sampling.{name}.")
-    stage = Stage(config, load_denoiser(weights, config, device=device, dtype=dtype), sampling)
-    conditioner = TextConditioner.from_config(config.encoders, root=folder, device=device)
-    fingerprint = _digest(weights)[:16]
-    provenance = index.get("provenance") or {}
-    if not isinstance(provenance, dict):
-        raise ValueError(f"{folder / INDEX}: provenance={provenance!r} must be a JSON object")
-    return LoadedModel({name: stage}, conditioner, fingerprint, "embedded" if model is None else str(model), provenance)
+    return config, sampling
 
 
 @contextmanager
@@ -202,11 +210,21 @@ def load_denoiser(path: Path, config: StageConfig, *, device: torch.device | str
         weights = load_file(path, device=str(device))
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); save or fetch the model again") from error
-    try:
-        denoiser.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit its config.json: {error}") from error
+    with _naming(path):
+        refuse_misfit(denoiser, weights, "its config.json")
+    denoiser.load_state_dict(weights, strict=True)
     return denoiser.to(dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def refuse_misfit(network: torch.nn.Module, weights: Mapping[str, Tensor], whose: str) -> None:
+    """Raises ValueError that names the first tensor of a state that a network lacks, has beyond it, or has in another shape."""
+    own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = [name for name in {**own, **given} if own.get(name) != given.get(name)]
+    if wrong:
+        in_file, in_network = (shapes.get(wrong[0], "missing") for shapes in (given, own))
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(f"does not fit {whose}: {wrong[0]} is {in_file} in the file and {in_network} in the network{more}")
 
 
 def _digest(path: Path) -> str:

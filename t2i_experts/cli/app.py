@@ -6,12 +6,14 @@ Exit codes: 0 done; 1 failed while running; 2 the user's input is wrong (usage e
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import io
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +23,7 @@ from t2i_experts import __version__
 from t2i_experts.registry import LazyCommand
 
 PROGRAM = "t2i-experts"
-
+COMPLETE = "_T2I_EXPERTS_COMPLETE"  # set by the scripts of `completion`; the name is Typer's, made from the program's
 
 COMMANDS: Mapping[str, LazyCommand] = {
     "generate": LazyCommand("t2i_experts.cli.generate:generate", "Draw pictures from a prompt."),
@@ -32,6 +34,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "shards": LazyCommand("t2i_experts.cli.shards:app", "Build, check, show and measure training data."),
     "doctor": LazyCommand("t2i_experts.cli.doctor:doctor", "Look at the installation, the machine and a config's needs."),
     "plugins": LazyCommand("t2i_experts.cli.plugins:plugins", "List the plugins, and all parts that are chosen by name."),
+    "completion": LazyCommand("t2i_experts.cli.completion:completion", "Print the script that makes a shell complete commands."),
 }
 
 
@@ -50,7 +53,16 @@ def _without_default_coercion(option: Any) -> Any:
 
 
 class Command(TyperCommand):
-    """A command whose `--help` is quick."""
+    """A command whose `--help` is quick, and whose usage errors say which value was received."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Reads the arguments. Raises typer.BadParameter for a value that is not of its parameter's type."""
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            for found in getattr(error.__cause__, "errors", list)():  # pydantic's, which name every part but the value
+                error.message += f"; received {found['input']!r}"
+            raise
 
     def get_help_option(self, ctx: Any) -> Any:
         """See `_without_default_coercion`."""
@@ -87,7 +99,7 @@ class Root(Group):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that the arguments name; a usage error that suggests the nearest one if there is none."""
         name = args[0]
-        if name not in self.table and not name.startswith("-") and name not in (names := self.list_commands(ctx)):
+        if not (ctx.resilient_parsing or name in self.table or name.startswith("-") or name in (names := self.list_commands(ctx))):
             near = difflib.get_close_matches(name, names, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             ctx.fail(f"unknown command {name!r}.{hint} Allowed: {', '.join(names)}.")
@@ -139,19 +151,26 @@ def report(error: Exception, *, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     if isinstance(error, ValueError):
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{_error_mark()} {error}", file=sys.stderr)
         return 2
-    print(f"error: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{_error_mark()} {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
     if not debug:
         print(f"run again with --debug for the traceback: {PROGRAM} --debug COMMAND ...", file=sys.stderr)
     return 1
+
+
+def _error_mark() -> str:
+    """The word before an error's message, in red where a terminal shows it and NO_COLOR (no-color.org) does not forbid it."""
+    coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return "\x1b[31merror:\x1b[0m" if coloured else "error:"
 
 
 def main(argv: Sequence[str] | None = None, table: Mapping[str, LazyCommand] = COMMANDS) -> None:
     """Runs the command line on `argv` (default: the process's own arguments). Always raises SystemExit with the exit code."""
     session = {"debug": False}
     try:
-        build_root(table).main(args=argv, prog_name=PROGRAM, obj=session)
+        with _answering_a_shell():
+            build_root(table).main(args=argv, prog_name=PROGRAM, obj=session)
     except Exception as error:
         code = report(error, debug=session["debug"])
         if _one_of_several_processes():
@@ -167,6 +186,19 @@ def _one_of_several_processes() -> bool:
     the launcher ends only when this one is gone: four processes that had all failed were seen to wait for each other for good."""
     distributed: Any = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+@contextlib.contextmanager
+def _answering_a_shell() -> Iterator[None]:
+    """If a shell asks how a line may go on, makes Typer ready to answer; a warning must not get onto the line that the user types."""
+    if not os.environ.get(COMPLETE):
+        yield
+        return
+    from typer.completion import completion_init  # type: ignore[attr-defined]
+
+    completion_init()
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def _flush() -> None:

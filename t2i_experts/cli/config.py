@@ -11,23 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from t2i_experts.config import RunConfig, Setting
+from t2i_experts.cli.options import Config, Json, Overrides, complete_config, complete_shipped, group
 
-app = typer.Typer(
-    name="config",
-    help="Configs: see all values and where they come from, check, compare, list and copy them.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+if TYPE_CHECKING:
+    from t2i_experts.config import Setting
+
+app = group("config", "Configs: see all values and where they come from, check, compare, list and copy them.")
 
 _LINE = 60  # columns of a value before its origin; longer lists have a line for each element
-
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a shipped config's name.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that replace the file's.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
 @app.command()
@@ -47,7 +38,7 @@ def show(config: Config, overrides: Overrides = None, as_json: Json = False) -> 
 
 
 @app.command()
-def check(config: Config, overrides: Overrides = None) -> None:
+def check(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Say OK, or what is wrong with a config (exit code 2). Shards and weights are not looked for."""
     from t2i_experts.config import load_config
     from t2i_experts.registry import registry
@@ -64,19 +55,28 @@ def check(config: Config, overrides: Overrides = None) -> None:
                 registry.get(kind, name)  # which says what is allowed
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from error
-    typer.echo(f"{config}: OK")
+    typer.echo(json.dumps({"config": config, "ok": True}) if as_json else f"{config}: OK")
 
 
 @app.command()
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="A YAML file, a shipped config's name, or a run's or a checkpoint's folder.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A", help="A YAML file, a shipped name, or the folder of a run, checkpoint or model.", autocompletion=complete_config
+        ),
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another.", autocompletion=complete_config)],
     as_json: Json = False,
 ) -> None:
-    """Show the values in which two configs differ, defaults included: one line `key: a -> b` each."""
-    from t2i_experts.config import changes, differences, to_plain
+    """Show the values in which two configs differ, defaults included: one line `key: a -> b` each.
 
-    old, new = to_plain(_read(a)), to_plain(_read(b))
+    A model folder holds only the keys below stage and sampling, and only those are compared with it.
+    """
+    from t2i_experts.config import changes, differences
+
+    old, new = _read(a), _read(b)
+    old, new = ({key: tree[key] for key in tree if key in old and key in new} for tree in (old, new))
     if as_json:
         typer.echo(json.dumps({key: {"a": before, "b": after} for key, before, after in changes(old, new)}, ensure_ascii=False))
         return
@@ -100,8 +100,9 @@ def list_(as_json: Json = False) -> None:
 
 @app.command()
 def copy(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped config: see config list.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped config: see config list.", autocompletion=complete_shipped)],
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="A folder, below which it keeps its name, or a .yaml file.")] = Path(),
+    as_json: Json = False,
 ) -> None:
     """Copy a shipped config, with those that it extends, to change it. Nothing is overwritten."""
     from t2i_experts.config import read_files, shipped_configs
@@ -120,7 +121,7 @@ def copy(
             shutil.copyfile(path, target)
         except OSError as error:
             raise ValueError(f"DEST={str(dest)!r} cannot be written: {error}") from error
-        typer.echo(target)
+    typer.echo(json.dumps({"written": [str(target) for target in targets]}) if as_json else "\n".join(map(str, targets)))
 
 
 def _destinations(files: list[Path], dest: Path) -> Iterator[Path]:
@@ -139,17 +140,23 @@ def _destinations(files: list[Path], dest: Path) -> Iterator[Path]:
             yield dest if path == files[0] else dest.parent / relative
 
 
-def _read(config: str) -> RunConfig:
-    """The config in a file, of a shipped name, or of the run or the checkpoint in a folder."""
-    from t2i_experts.config import RunConfig, from_plain, load_config
+def _read(config: str) -> dict[str, Any]:
+    """The config in a file, of a shipped name, or of the run, the checkpoint or the model in a folder, as plain values."""
+    from t2i_experts.config import RunConfig, from_plain, load_config, to_plain
 
     folder = Path(config)
+    if (folder / "model_index.json").is_file():
+        from t2i_experts.cascade.model_folder import read_configs
+
+        stage, sampling = read_configs(folder)
+        return {"stage": to_plain(stage), "sampling": to_plain(sampling)}
     if (folder / "state.json").is_file():
         from t2i_experts.training.state import read_facts
 
-        resolved: RunConfig = from_plain(RunConfig, read_facts(folder)["config"])
-        return resolved
-    return load_config(folder / "config.yaml" if (folder / "config.yaml").is_file() else config)
+        tree: dict[str, Any] = to_plain(from_plain(RunConfig, read_facts(folder)["config"]))
+        return tree
+    tree = to_plain(load_config(folder / "config.yaml" if (folder / "config.yaml").is_file() else config))
+    return tree
 
 
 def _summary(path: Path) -> str:

@@ -10,20 +10,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from t2i_experts.cli.options import Json, complete_config
+
 if TYPE_CHECKING:
     from t2i_experts.cli.findings import Finding
 
 
 def doctor(
     config: Annotated[
-        str | None, typer.Argument(metavar="CONFIG", help="What is to be trained: a YAML file, or a shipped config's name.")
+        str | None,
+        typer.Argument(
+            metavar="CONFIG", help="What is to be trained: a YAML file, or a shipped config's name.", autocompletion=complete_config
+        ),
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that replace the file's.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Run training steps, and compare memory with the estimate.")] = False,
     shards: Annotated[bool, typer.Option(help="Measure how fast the training shards are read, if they are there.")] = True,
     processes: Annotated[int, typer.Option(help="Processes that share a training batch, one a GPU.")] = 1,
     pictures: Annotated[int, typer.Option(help="Pictures drawn together, for the estimate of sampling's memory.")] = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Look at the installation, the GPUs and the disk; with CONFIG also whether it can be trained here, and with how much memory.
 

@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
+from t2i_experts.cli.options import Json
+
 
 def ema(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a run with training.ema.kind=power and snapshots.")],
     sigma_rel: Annotated[float, typer.Option(help="Width of the average: its standard deviation in parts of the run, such as 0.08.")],
     out: Annotated[Path, typer.Option(help="The model folder to write; it must not exist yet.")],
     images: Annotated[int | None, typer.Option(help="Images seen; the newest snapshot's if not given.", show_default=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Make a model with averaged weights of another width than those that were tracked (EDM2's post-hoc EMA)."""
     from t2i_experts.training.posthoc import save_reconstruction

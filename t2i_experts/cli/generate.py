@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from t2i_experts.cli.options import Json, complete_model, complete_sampler
+
 if TYPE_CHECKING:
     from t2i_experts.cascade.pipeline import CascadePipeline
     from t2i_experts.config import SamplingConfig
@@ -27,7 +29,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed, prompt and settings give the same picture.")] = 0,
     negative: Annotated[str, typer.Option(help="What to steer away from.")] = "",
     style: Annotated[Path | None, typer.Option(help="A reference picture whose style is taken over.")] = None,
-    model: Annotated[str | None, typer.Option(help="A model folder or hub id; default: the embedded model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model folder or hub id; default: the embedded model.", autocompletion=complete_model)
+    ] = None,
     size: Annotated[int | None, typer.Option(help="Side of the picture in pixels: the model's own, or an error.")] = None,
     width: Annotated[
         int | None, typer.Option(help="In pixels, with --height: for models that were trained with aspect-ratio buckets.")
@@ -35,12 +39,12 @@ def generate(
     height: Annotated[int | None, typer.Option(help="In pixels, with --width: one of the model's buckets, or an error.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="euler, heun or dpmpp_2m.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="euler, heun or dpmpp_2m.", autocompletion=complete_sampler)] = None,
     threshold: Annotated[float | None, typer.Option(help="Percentile of dynamic thresholding, such as 0.995; 0 is none.")] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures that are computed together.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: bfloat16 on CUDA.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Make pictures from a prompt."""
     texts = read_prompts(prompt, prompts, negative)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
 
 import typer
+
+from t2i_experts.cli.options import Json
 
 
 def plugins(
     context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List the installed plugins with what they add or why they were skipped, and every part that is chosen by name.
 

@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
+from t2i_experts.cli.options import Json
+
 
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The output folder of a training run, at work or ended.")],
     out: Annotated[Path | None, typer.Option("--out", help="Where report.md and report/ are written; default: the run's folder.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the newest numbers as one JSON document on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write a page about a training run: progress, loss, previews, speed, and how to go on.
 

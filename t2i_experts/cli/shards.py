@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from t2i_experts.cli.options import Json, Workers, complete_config, group
 from t2i_experts.cli.shards_embed import embed
 
 if TYPE_CHECKING:
@@ -21,19 +22,9 @@ if TYPE_CHECKING:
     from t2i_experts.shards.reader import RawSample, ShardReader
     from t2i_experts.shards.stats import ShardStatistics
 
-app = typer.Typer(
-    name="shards",
-    help="Training data: build shards from captioned pictures, check them, look at samples and statistics, add embeddings.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+app = group("shards", "Training data: build shards from captioned pictures, check them, look at samples and statistics, add embeddings.")
 
 _LISTED = 20
-
-Workers = Annotated[int | None, typer.Option(help="Threads that decode pictures; all cores if not given.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
 @app.command()
@@ -161,7 +152,8 @@ def _show_one(reader: ShardReader, index: int, out: Path | None, as_json: bool) 
     sample = reader.raw(index)
     document = _described(index, sample)
     if out is not None:
-        out.write_bytes(sample.image)
+        with _writing("--out", out):
+            out.write_bytes(sample.image)
     if as_json:
         typer.echo(_json(document))
         return
@@ -195,7 +187,8 @@ def _show_several(reader: ShardReader, indices: Sequence[int], sheet: Path | Non
     if sheet is not None:
         from t2i_experts.cli.sample_sheet import draw_sheet
 
-        draw_sheet(cells).save(sheet)
+        with _writing("--sheet", sheet):
+            draw_sheet(cells).save(sheet)
     if as_json:
         typer.echo(_json({"samples": documents, "sheet": None if sheet is None else str(sheet)}))
         return
@@ -214,6 +207,15 @@ def _show_several(reader: ShardReader, indices: Sequence[int], sheet: Path | Non
         typer.echo(f"{line}  {row[5]}"[: max(width, len(line) + 20)])
     if sheet is not None:
         typer.echo(f"contact sheet: {sheet}", err=True)
+
+
+@contextlib.contextmanager
+def _writing(option: str, path: Path) -> Iterator[None]:
+    """Raises ValueError that names the option if its file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be written: {error.strerror or error}") from error
 
 
 def _described(index: int, sample: RawSample) -> dict[str, Any]:
@@ -245,7 +247,12 @@ def stats(
         int | None, typer.Option(help="Side of the squares that training sees, in pixels; the config's, or 64.", show_default=False)
     ] = None,
     config: Annotated[
-        str | None, typer.Option(metavar="CONFIG", help="A training config: count its text encoders' tokens, and compare its sigma_data.")
+        str | None,
+        typer.Option(
+            metavar="CONFIG",
+            help="A training config: count its text encoders' tokens, and compare its sigma_data.",
+            autocompletion=complete_config,
+        ),
     ] = None,
     workers: Workers = None,
     as_json: Json = False,
@@ -254,6 +261,8 @@ def stats(
 
     The pixels are those of the centre squares, in [-1, 1]. With --config, how many captions each text encoder would cut off.
     """
+    if size is not None and size < 1:
+        raise ValueError(f"--size={size} must be at least 1")
     configured, tokenizers = 0.5, None
     if config is not None:
         from t2i_experts.config import load_config

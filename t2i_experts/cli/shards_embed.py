@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from t2i_experts.cli.options import complete_config
+
 if TYPE_CHECKING:
     from t2i_experts.shards.embed import EmbedResult
 
@@ -23,7 +25,9 @@ def embed(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that replace the config's, such as an encoder's model.")
     ] = None,
     *,
-    config: Annotated[str, typer.Option(metavar="CONFIG", help="The training config whose text encoders are to run.")],
+    config: Annotated[
+        str, typer.Option(metavar="CONFIG", help="The training config whose text encoders are to run.", autocompletion=complete_config)
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the new shards: new, empty, or with the same work unfinished.")],
     batch_size: Annotated[int, typer.Option(help="Captions that an encoder gets at once.")] = 64,
     device: Annotated[

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from typing import Annotated
 
 import typer
 
+from t2i_experts.cli.options import Config, Json, Overrides
+
 
 def train(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a shipped config's name: see config list.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that replace the file's.")] = None,
+    config: Config,
+    overrides: Overrides = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Train one stage, or go on where it stopped: run the same command again.
 
@@ -51,5 +55,8 @@ def train(
         state = "finished" if seen >= total else f"stopped{why} at {seen} of {total} images; the same command goes on"
         print(f"{state}; model: {model}", file=sys.stderr)
         print(f't2i-experts generate "..." --model {model}', file=sys.stderr)
+        if as_json:
+            facts = {"output": str(trainer.root), "model": str(model), "images_seen": seen, "images": total, "finished": seen >= total}
+            print(json.dumps({**facts, "stopped_by": stopped.name if stopped else None, "parameters": trainer.sizes()["parameters"]}))
     if stopped is signal.SIGINT:
         raise typer.Exit(130)

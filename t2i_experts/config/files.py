@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from t2i_experts.config.keys import check_keys
+from t2i_experts.config.keys import check_keys, check_shapes
 from t2i_experts.config.origins import Setting, trace
 from t2i_experts.config.rules import check
 from t2i_experts.config.schema import RunConfig
@@ -80,6 +80,7 @@ def _build(layers: Sequence[Layer]) -> RunConfig:
     for layer in layers:
         try:
             check_keys(RunConfig, OmegaConf.to_container(layer.tree), also=["extends"] if layer.path else [])
+            check_shapes(RunConfig, OmegaConf.to_container(layer.tree))
             merged = OmegaConf.merge(merged, layer.tree)
         except (OmegaConfBaseException, TypeError, ValueError) as error:
             raise ValueError(f"{layer.origin}: {_explain(error)}") from error
@@ -94,20 +95,21 @@ def _build(layers: Sequence[Layer]) -> RunConfig:
 
 
 def _override(text: str) -> Layer:
-    """What is said by one `key=value`, whose value is YAML. Raises ValueError if it is not of that form."""
+    """What is said by one `key=value`, whose value is YAML. Raises ValueError if it is not of that form, or says nothing."""
     if not text.partition("=")[1]:
         raise ValueError(f"override {text!r} is not of the form key=value")
     try:
-        return Layer(f"override {text!r}", OmegaConf.from_dotlist([text]))
+        layer = Layer(f"override {text!r}", OmegaConf.from_dotlist([text]))
     except Exception as error:
         raise ValueError(f"override {text!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+    if text.partition("=")[2].replace(" ", "") == "{}":
+        raise ValueError(f"{layer.origin} changes nothing: keys and values are added to those that there are, and do not replace them")
+    return layer
 
 
 def _explain(error: Exception) -> str:
     """What OmegaConf complains of, in one line that names the key."""
     message = str(error).split("\n")[0]
-    if "is not a ListConfig" in message:
-        message = "needs a list, such as '[a, b]'"
     key = getattr(error, "full_key", None)
     return f"{key}: {message}" if key and key not in message else message
 
@@ -146,6 +148,7 @@ def from_plain(kind: type, tree: Any) -> Any:
     """The inverse of `to_plain` for one of this module's dataclasses. Raises ValueError for unknown keys or wrong types."""
     try:
         check_keys(kind, tree)
+        check_shapes(kind, tree)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), tree))
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise ValueError(f"{kind.__name__}: {_explain(error)}") from error

@@ -1,4 +1,4 @@
-"""Which keys a config may have, and which of them was meant by one that it may not."""
+"""Which keys a config may have, which of them was meant by one that it may not, and which have values of their own below them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args, get_origin, get_type_hints
+
+from t2i_experts.config.schema import MISSING
 
 
 def check_keys(kind: type, tree: Any, *, also: Iterable[str] = ()) -> None:
@@ -19,6 +21,12 @@ def check_keys(kind: type, tree: Any, *, also: Iterable[str] = ()) -> None:
         near = _nearest(kind, str(name), [*fields, *also] if owner is kind else fields)
         hint = f"did you mean {near}? " if near else ""
         raise ValueError(f"{key}: unknown key {name!r} in {owner.__name__}; {hint}allowed: {', '.join(fields)}")
+
+
+def check_shapes(kind: type, tree: Any) -> None:
+    """Raises ValueError for the first value in a tree that is no mapping or list, or of another length, where `kind` says what it is."""
+    for key, problem in _misshapen(kind, tree, ""):
+        raise ValueError(f"{key}: {problem}")
 
 
 def _unknown(kind: Any, tree: Any, at: str) -> Iterator[tuple[str, Any, type]]:
@@ -36,6 +44,30 @@ def _unknown(kind: Any, tree: Any, at: str) -> Iterator[tuple[str, Any, type]]:
     elif isinstance(tree, list):
         for i, value in enumerate(tree):
             yield from _unknown(_element(kind), value, f"{at}[{i}]")
+
+
+def _misshapen(kind: Any, tree: Any, at: str) -> Iterator[tuple[str, str]]:
+    """Full key of every wrongly shaped value at or below `at`, where one of type `kind` belongs, and what is wrong with it."""
+    origin = get_origin(kind)
+    if tree == MISSING or (isinstance(tree, str) and "${" in tree):
+        return
+    if dataclasses.is_dataclass(kind) or origin is dict:
+        if not isinstance(tree, Mapping):
+            yield at, f"needs {f'the keys of {kind.__name__}' if origin is None else 'names with values'} below it, received {tree!r}"
+            return
+        hints = get_type_hints(kind) if origin is None else {}
+        for name, value in tree.items():
+            yield from _misshapen(hints.get(name, _element(kind)), value, f"{at}.{name}" if at else str(name))
+    elif origin is list:
+        if isinstance(tree, Mapping):
+            yield at, "a list is replaced as a whole, as by '[a, b]', and not element by element"
+        elif not isinstance(tree, (list, tuple)):
+            yield at, f"needs a list, such as '[a, b]', received {tree!r}"
+        else:
+            for i, value in enumerate(tree):
+                yield from _misshapen(_element(kind), value, f"{at}[{i}]")
+    elif origin is tuple and isinstance(tree, (list, tuple)) and len(tree) != len(get_args(kind)):
+        yield at, f"received length {len(tree)}, {list(tree)!r}, needs length {len(get_args(kind))}"
 
 
 def _element(kind: Any) -> Any:

@@ -72,7 +72,10 @@ def build_shards(
     }
     refuse_other_build(out, arguments)
     skipped = Skipped()
-    records, listed = _records(read(source, images, skipped), where, skipped, progress)
+    try:
+        records, listed = _records(read(source, images, skipped), where, skipped, progress)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise ValueError(f"source {source} cannot be read as {kind}: {error}") from error
     if not records:
         raise ValueError(f"nothing to build from {source}: {listed} pictures listed; {_reasons(skipped) or 'none found'}")
     keyed = sorted(zip(keys_for([record.name for record in records]), records, strict=True), key=lambda pair: pair[0])

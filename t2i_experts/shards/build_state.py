@@ -71,12 +71,16 @@ class BuildState:
     def __init__(self, out: Path, arguments: Mapping[str, Any], records: str) -> None:
         """Begins or goes on with the build. records: `digest` of what is to be built.
 
-        Raises ValueError as `refuse_other_build` does, if the source has changed since the build began, and if it is running.
+        Raises ValueError as `refuse_other_build` does, if the source has changed since the build began, if it is running, and if the
+        folder cannot be written.
         """
         refuse_other_build(out, arguments)
         self._out = out
-        out.mkdir(parents=True, exist_ok=True)
-        self._file = open(out / BUILD_STATE, "a+b")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self._file = open(out / BUILD_STATE, "a+b")
+        except OSError as error:
+            raise ValueError(f"--out {out} cannot be written: {error}") from error
         try:
             self._lock()
             refuse_other_build(out, arguments)  # what another process may have begun meanwhile

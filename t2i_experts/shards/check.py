@@ -89,7 +89,7 @@ def check_shards(
     if not paths:
         raise ValueError(f"{folder} holds no tars" if folder.is_dir() else f"shard folder not found: {folder}")
     if workers < 1:
-        raise ValueError(f"workers={workers} must be at least 1")
+        raise ValueError(f"--workers={workers} must be at least 1")
     known: dict[str, ShardEntry] = {}
     report = CheckReport(str(folder), Manifest(()))
     if not write_manifest and (folder / MANIFEST).is_file():

@@ -88,7 +88,7 @@ def read_history(run: Path) -> History:
     if not path.is_file():
         raise ValueError(f"RUN={str(run)!r} has no log.jsonl; name the output folder of a training run")
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             event = json.loads(line)
         except ValueError:

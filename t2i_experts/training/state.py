@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from t2i_experts import __version__
-from t2i_experts.cascade.model_folder import flush
+from t2i_experts.cascade.model_folder import flush, refuse_misfit
 from t2i_experts.config import RunConfig, differences, from_plain, to_plain
 from t2i_experts.shards.format import write_atomically
 from t2i_experts.training.ema import WeightAverage
@@ -129,10 +129,11 @@ class TrainState:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{folder} cannot be read ({error}); remove it to go on from the checkpoint before it") from error
         try:
-            self.network.load_state_dict(network)
+            refuse_misfit(self.network, network, "this network")
             self.ema.load_state_dict(ema)
-        except RuntimeError as error:
-            raise ValueError(f"{folder} does not fit this network: {error}") from error
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{folder} {' '.join(str(error).split())}") from error
+        self.network.load_state_dict(network)
         restore_optimizer(self.network, self.optimizer, optimizer)
         if self.weighting is not None:
             self.weighting.module.load_state_dict(weighting[0])
@@ -180,11 +181,14 @@ def record_roll_back(folder: Path, rollbacks: int) -> None:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """A checkpoint's state.json. Raises ValueError if it cannot be read."""
+    """A checkpoint's state.json. Raises ValueError if it cannot be read, or is another one."""
     try:
-        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if not (isinstance(facts, dict) and {"images_seen", "config"} <= facts.keys()):
+            raise ValueError("state.json does not hold images_seen and config")
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the checkpoint {folder}: {error}") from error
+    return facts
 
 
 def lock_run(root: Path) -> IO[str]:

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from t2i_experts.cli.app import main
 from t2i_experts.config import load_config, shipped_configs, to_plain, trace_config
 
 Config = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def config(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Config:
+def config(cli: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Config:
     """config(*arguments) -> exit code, stdout, stderr, in an empty working directory."""
-    monkeypatch.delenv("T2I_DEBUG", raising=False)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-
-    def config(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            main(["config", *map(str, arguments)])
-        captured = capsys.readouterr()
-        return int(exit.value.code or 0), captured.out, captured.err
-
-    return config
+    return functools.partial(cli, "config")
 
 
 @pytest.mark.parametrize("name", shipped_configs())
@@ -104,6 +95,15 @@ def test_diff_with_a_run_and_its_checkpoint(config: Config) -> None:
     assert config("diff", "run", checkpoint) == (0, "no differences\n", "")
     for folder in ("run", checkpoint):
         assert config("diff", "tiny/base64", folder) == (0, "training.seed: 0 -> 9\n", "")
+
+
+def test_diff_with_a_model_folder_is_of_what_it_holds(config: Config, model_folder: Path, trained: Path) -> None:
+    assert config("diff", trained / "model", trained / "best") == (0, "no differences\n", "")
+    code, out, _ = config("diff", model_folder, trained, "--json")
+    document = json.loads(out)
+    assert code == 0 and document["sampling.steps"] == {"a": 4, "b": 3}
+    assert document["stage.encoders.t5.model"]["a"] == "./t5" and document["stage.encoders.t5.drop"] == {"a": 0.0, "b": 0.2}
+    assert {key.split(".")[0] for key in document} == {"stage", "sampling"}
 
 
 def test_list(config: Config) -> None:

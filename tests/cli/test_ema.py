@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,57 +10,47 @@ import torch
 from safetensors.torch import load_file
 
 from t2i_experts.cli.app import main
-from t2i_experts.config import load_config
 from t2i_experts.training.posthoc import reconstruct
-from t2i_experts.training.trainer import train
 
 WEIGHTS = Path("base64/diffusion_pytorch_model.safetensors")
 
 
-@pytest.fixture
-def root(write_config: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A run with snapshots after 16, 32, 48 and 64 images."""
-    power = ["training.ema.kind=power", "training.ema.snapshot_every_images=16"]
-    train(load_config(write_config("run"), [*power, "training.preview.every_images=0"]), progress=False)
-    return tmp_path / "run"
-
-
-def test_a_model_of_another_width(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_of_another_width(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "models" / "wide"
     with pytest.raises(SystemExit) as exit:
-        main(["ema", str(root), "--sigma-rel", "0.2", "--out", str(out), "--json"])
+        main(["ema", str(trained), "--sigma-rel", "0.2", "--out", str(out), "--json"])
     assert not exit.value.code
     said = json.loads(capsys.readouterr().out)
     assert (said["out"], said["sigma_rel"], said["images_seen"], said["snapshots"]) == (str(out), 0.2, 64, 8)
     weights = load_file(out / WEIGHTS)
-    assert weights.keys() == load_file(root / "model" / WEIGHTS).keys()
-    expected = reconstruct(root, 0.2).weights
+    assert weights.keys() == load_file(trained / "model" / WEIGHTS).keys()
+    expected = reconstruct(trained, 0.2).weights
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
     provenance = json.loads((out / "model_index.json").read_text())["provenance"]
     assert provenance["images_seen"] == 64
     assert provenance["ema"] == {"kind": "power", "sigma_rel": 0.2, "profile_error": said["profile_error"], "snapshots": 8}
-    assert provenance["dataset_hash"] == json.loads((root / "model" / "model_index.json").read_text())["provenance"]["dataset_hash"]
+    assert provenance["dataset_hash"] == json.loads((trained / "model" / "model_index.json").read_text())["provenance"]["dataset_hash"]
     with pytest.raises(SystemExit) as exit:
         main(["generate", "a red cube", "--model", str(out), "--device", "cpu", "--out", str(tmp_path / "x.png")])
     assert not exit.value.code
 
     with pytest.raises(SystemExit) as exit:
-        main(["ema", str(root), "--sigma-rel", "0.1", "--images", "32", "--out", str(tmp_path / "early")])
+        main(["ema", str(trained), "--sigma-rel", "0.1", "--images", "32", "--out", str(tmp_path / "early")])
     assert not exit.value.code
     assert "sigma_rel 0.1 after 32 images, from 1 snapshots" in capsys.readouterr().out
-    early = load_file(root / "snapshots" / "000000000032-0.1.safetensors")
+    early = load_file(trained / "snapshots" / "000000000032-0.1.safetensors")
     assert all(torch.equal(tensor, early[name]) for name, tensor in load_file(tmp_path / "early" / WEIGHTS).items())
 
 
-def test_mistakes(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     for arguments, said in (
         (["--sigma-rel", "0.4", "--out", str(out)], "sigma_rel=0.4 must be positive and below 0.2887"),
         (["--sigma-rel", "0.1", "--images", "17", "--out", str(out)], "allowed: 16, 32, 48, 64"),
-        (["--sigma-rel", "0.1", "--out", str(root)], "exists already"),
+        (["--sigma-rel", "0.1", "--out", str(trained)], "exists already"),
     ):
         with pytest.raises(SystemExit) as exit:
-            main(["ema", str(root), *arguments])
+            main(["ema", str(trained), *arguments])
         assert exit.value.code == 2
         message = capsys.readouterr().err
         assert message.startswith("error: ") and said in message and len(message.splitlines()) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,18 +16,9 @@ Train = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def train(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Train:
+def train(cli: Train) -> Train:
     """train(*arguments) -> exit code, stdout, stderr."""
-    monkeypatch.delenv("T2I_DEBUG", raising=False)
-
-    def train(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            main(["train", *map(str, arguments)])
-        captured = capsys.readouterr()
-        return int(exit.value.code or 0), captured.out, captured.err
-
-    return train
+    return functools.partial(cli, "train")
 
 
 def test_it_trains_goes_on_and_says_when_it_is_finished(

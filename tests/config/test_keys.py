@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from t2i_experts.config import RunConfig, TrainingConfig, load_config, to_plain
-from t2i_experts.config.keys import check_keys
+from t2i_experts.config.keys import check_keys, check_shapes
 from t2i_experts.config.shipped import shipped_configs
 
 
@@ -71,3 +71,29 @@ def test_a_slip_in_any_one_key_of_a_whole_config_is_put_right() -> None:
 def test_what_is_right_passes(name: str) -> None:
     check_keys(RunConfig, to_plain(load_config(name)))
     check_keys(RunConfig, {"stage": 3, "training": "${other}", "data": None})  # wrong types are told of elsewhere
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        ({"training": 3}, ["training: ", "TrainingConfig", "3"]),
+        ({"training": {"optimizer": None}}, ["training.optimizer: ", "OptimizerConfig", "None"]),
+        ({"stage": {"encoders": [1]}}, ["stage.encoders: ", "[1]"]),
+        ({"stage": {"encoders": {"t5": 3}}}, ["stage.encoders.t5: ", "EncoderConfig", "3"]),
+        ({"data": {"train": "x"}}, ["data.train: ", "'x'", "[a, b]"]),
+        ({"data": {"train": {"0": "x"}}}, ["data.train: ", "as a whole"]),
+        ({"stage": {"network": {"resolutions": [{}, 3]}}}, ["stage.network.resolutions[1]: ", "ResolutionSpec", "3"]),
+        ({"sampling": {"guidance_interval": [1]}}, ["sampling.guidance_interval: ", "length 1", "length 2"]),
+    ],
+)
+def test_what_has_no_values_below_it_where_it_should_is_named(tree: Any, said: list[str]) -> None:
+    check_keys(RunConfig, tree)
+    with pytest.raises(ValueError) as caught:
+        check_shapes(RunConfig, tree)
+    assert all(part in str(caught.value) for part in said), caught.value
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_what_is_rightly_shaped_passes(name: str) -> None:
+    check_shapes(RunConfig, to_plain(load_config(name)))
+    check_shapes(RunConfig, {"stage": "???", "training": "${other}", "data": {"train": "${all}"}, "output": 3})

@@ -135,7 +135,8 @@ def test_compiles_as_one_graph_under_autocast(patch_size: int) -> None:
     denoiser = EDMPrecond(network)
     compiled = torch.compile(denoiser, backend="aot_eager", fullgraph=True)
     x, sigma, conditioning = torch.randn(2, 3, 8, 8), torch.tensor([0.002, 3.0]), Conditioning(embeddings(2))
-    with torch.autocast("cpu", torch.bfloat16):
+    # With gradients once: their graph takes four times as long to trace, and patches only fold what goes in and comes out.
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(patch_size == 1):
         torch.testing.assert_close(compiled(x, sigma, conditioning), denoiser(x, sigma, conditioning), atol=2e-2, rtol=2e-2)
 
 

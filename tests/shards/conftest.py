@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import tarfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from t2i_experts.shards.writer import ShardWriter
 
 Encode = Callable[..., bytes]
 MakeShards = Callable[..., Path]
+WriteTar = Callable[..., Path]
 
 
 @pytest.fixture
@@ -41,3 +43,18 @@ def make_shards(encode: Encode) -> MakeShards:
         return folder
 
     return make
+
+
+@pytest.fixture
+def write_tar() -> WriteTar:
+    """write_tar(path, members, format=PAX) -> the path of a tar with these (name, bytes), as they come: a sequence, or a dict."""
+
+    def write(path: Path, members: Sequence[tuple[str, bytes]] | Mapping[str, bytes], format: int = tarfile.PAX_FORMAT) -> Path:
+        with tarfile.open(path, "w", format=format) as tar:
+            for name, data in members.items() if isinstance(members, Mapping) else members:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return path
+
+    return write

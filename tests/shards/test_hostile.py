@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -23,6 +22,7 @@ from t2i_experts.shards.reader import ShardReader
 from t2i_experts.shards.writer import ShardWriter
 
 Encode = Callable[..., bytes]
+WriteTar = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)
@@ -30,15 +30,6 @@ def _at_most_a_minute() -> Iterator[None]:
     signal.alarm(60)
     yield
     signal.alarm(0)
-
-
-def write_tar(path: Path, *members: tuple[str, bytes], format: int = tarfile.PAX_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
@@ -135,10 +126,10 @@ def test_bombs_and_a_tar_of_100_000_members_cost_little_memory(tmp_path: Path, e
     assert many < 500 * 100_000
 
 
-def test_keys_that_would_blow_up_the_index_are_left_out(tmp_path: Path, encode: Encode) -> None:
+def test_keys_that_would_blow_up_the_index_are_left_out(tmp_path: Path, encode: Encode, write_tar: WriteTar) -> None:
     """An index row holds the longest key: one of a megabyte among a million samples would make a terabyte."""
     long = "k" * (MAX_KEY_BYTES + 1)
-    path = write_tar(tmp_path / "x.tar", (f"{long}.png", encode(0)), (f"{long}.txt", b"x"), ("a.png", encode(1)), ("a.txt", b"a"))
+    path = write_tar(tmp_path / "x.tar", [(f"{long}.png", encode(0)), (f"{long}.txt", b"x"), ("a.png", encode(1)), ("a.txt", b"a")])
     found = scan(path)
     assert [row.key for row in found.rows] == ["a"]
     assert [(len(key) < 100, reason) for key, reason in found.incomplete] == [
@@ -187,7 +178,7 @@ def test_numbers_that_are_not_finite_become_null() -> None:
     assert parse_captions(None, fields)[1] == {"a": None, "b": None, "c": None, "d": 0.5, "e": 7}
 
 
-def test_a_check_names_all_that_is_wrong_and_what_it_leaves_can_be_read(tmp_path: Path, encode: Encode) -> None:
+def test_a_check_names_all_that_is_wrong_and_what_it_leaves_can_be_read(tmp_path: Path, encode: Encode, write_tar: WriteTar) -> None:
     png = encode(0, (64, 64))
     bad = {
         "truncated": (png[: len(png) // 2], b"x"),
@@ -199,8 +190,8 @@ def test_a_check_names_all_that_is_wrong_and_what_it_leaves_can_be_read(tmp_path
     }
     good = {"a": (encode(1), b"a"), "b": (encode(2), b"\xef\xbb\xbfb"), "c": (encode(1), b"c")}
     members = [(f"{key}.{kind}", data) for key, pair in (bad | good).items() for kind, data in zip(("png", "txt"), pair, strict=True)]
-    write_tar(tmp_path / "0.tar", *members)
-    write_tar(tmp_path / "1.tar", ("a.png", encode(3)), ("a.txt", b"a"), ("lone.png", encode(4)))
+    write_tar(tmp_path / "0.tar", members)
+    write_tar(tmp_path / "1.tar", [("a.png", encode(3)), ("a.txt", b"a"), ("lone.png", encode(4))])
     (tmp_path / "2.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:3000])
     os.mkfifo(tmp_path / "3.tar")
 

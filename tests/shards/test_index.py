@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import io
 import os
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,15 +16,7 @@ from t2i_experts.shards.format import Manifest
 from t2i_experts.shards.index import IndexFile, Row, open_index, scan
 
 MakeShards = Callable[..., Path]
-
-
-def write_tar(path: Path, members: Sequence[tuple[str, bytes]], format: int = tarfile.PAX_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
+WriteTar = Callable[..., Path]
 
 
 def contents(path: Path) -> dict[str, tuple[bytes, bytes, bytes]]:
@@ -43,7 +34,7 @@ def rows_of(index: IndexFile | tuple[Row, ...]) -> tuple[Row, ...]:
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_all_kinds_of_headers(tmp_path: Path, format: int) -> None:
+def test_all_kinds_of_headers(tmp_path: Path, format: int, write_tar: WriteTar) -> None:
     long = "0" * 90 if format == tarfile.USTAR_FORMAT else "长" * 200
     members = [
         ("./b.jpg", b"B"),
@@ -69,7 +60,7 @@ def test_webdatasets_own_tars(tmp_path: Path, encode: Callable[..., bytes]) -> N
     assert contents(tmp_path / "x.tar") == {key: (image, f"caption {key}".encode(), b'{"width": 16}') for key, image in images.items()}
 
 
-def test_members_that_do_not_stand_together_are_joined(tmp_path: Path) -> None:
+def test_members_that_do_not_stand_together_are_joined(tmp_path: Path, write_tar: WriteTar) -> None:
     path = write_tar(
         tmp_path / "x.tar", [("b.jpg", b"B"), ("a.jpg", b"A"), ("a.txt", b"a"), ("c.t5.npz", b"?"), ("b.txt", b"b"), ("README", b"")]
     )
@@ -78,7 +69,7 @@ def test_members_that_do_not_stand_together_are_joined(tmp_path: Path) -> None:
     assert found.unsorted == "b" and [key for key, _ in found.incomplete] == ["c"]
 
 
-def test_incomplete_samples_are_named(tmp_path: Path) -> None:
+def test_incomplete_samples_are_named(tmp_path: Path, write_tar: WriteTar) -> None:
     members = [
         ("a.jpg", b""),
         ("b.txt", b""),
@@ -101,7 +92,7 @@ def test_incomplete_samples_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["/tmp/a.jpg", "../a.jpg", "a/../../b.jpg"])
-def test_paths_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> None:
+def test_paths_that_leave_the_folder_are_refused(tmp_path: Path, name: str, write_tar: WriteTar) -> None:
     with pytest.raises(ValueError, match="absolute path or"):
         scan(write_tar(tmp_path / "x.tar", [("a.jpg", b"A"), ("a.txt", b"a"), (name, b"")]))
 
@@ -116,7 +107,7 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
         scan(tmp_path / "x.tar")
 
 
-def test_damaged_and_compressed_tars_are_refused(tmp_path: Path) -> None:
+def test_damaged_and_compressed_tars_are_refused(tmp_path: Path, write_tar: WriteTar) -> None:
     path = write_tar(tmp_path / "x.tar", [(f"{i}.jpg", bytes(5000)) for i in range(5)])
     data = path.read_bytes()
     for broken in (data[:7000], gzip.compress(data), b"\xff" * 2000, data[:5632] + b"\xff" * 512 + data[6144:], data + data, data[:28160]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from collections.abc import Callable
@@ -17,19 +16,12 @@ from t2i_experts.shards.sources import Skipped
 from t2i_experts.shards.tars import img2dataset_source
 
 Encode = Callable[..., bytes]
+WriteTar = Callable[..., Path]
 MakeShards = Callable[..., Path]
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
 @pytest.fixture
-def downloaded(tmp_path: Path, encode: Encode) -> Path:
+def downloaded(tmp_path: Path, encode: Encode, write_tar: WriteTar) -> Path:
     """Two tars as img2dataset writes them, with its other files beside them."""
     folder = tmp_path / "laion"
     folder.mkdir()
@@ -66,7 +58,7 @@ def test_build_from_tars_with_where(downloaded: Path, tmp_path: Path) -> None:
     assert raw.key == "00000_000000002" and raw.metadata["file"] == "00000/000000002" and raw.metadata["similarity"] == 0.2
 
 
-def test_what_is_broken_is_left_out_and_named(downloaded: Path, encode: Encode) -> None:
+def test_what_is_broken_is_left_out_and_named(downloaded: Path, encode: Encode, write_tar: WriteTar) -> None:
     picture = encode(0, (8, 8), "PNG")
     members = {"a.png": picture, "a.txt": b"\xff", "b.png": picture, "c.png": picture, "c.json": b"[]", "d.txt": b"x", "e.png": picture}
     write_tar(downloaded / "00002.tar", {**members, "e.txt": b" \n"})

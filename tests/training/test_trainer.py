@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from t2i_experts.cli.app import main
 from t2i_experts.config import load_config
 from t2i_experts.training.divergence import TrainingDiverged
 from t2i_experts.training.state import checkpoints
@@ -62,7 +63,9 @@ main({argv!r})
 """
 
 
-def test_killed_in_mid_accumulation_and_resumed_by_the_same_command(write_config: WriteConfig, tmp_path: Path) -> None:
+def test_killed_in_mid_accumulation_and_resumed_by_the_same_command(
+    write_config: WriteConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With two workers and accumulation 2, a run killed between the two halves of a step ends in the bits of one that was not."""
     overrides = ["training.accumulation=2", "data.workers=2", "training.keep_checkpoints=1"]
     train(load_config(write_config("unbroken"), overrides), progress=False)
@@ -71,23 +74,42 @@ def test_killed_in_mid_accumulation_and_resumed_by_the_same_command(write_config
     killed = subprocess.run([sys.executable, "-c", KILLED.format(call=10, argv=argv)], env=environment, capture_output=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert [path.name for path in checkpoints(tmp_path / "broken")] == ["000000000032"]
-    again = subprocess.run([sys.executable, "-m", "t2i_experts", *argv], env=environment, capture_output=True, timeout=120)
-    assert again.returncode == 0, again.stderr.decode()
-    assert b"going on from" in again.stderr
+    with pytest.raises(SystemExit) as exit:
+        main(argv)
+    assert not exit.value.code
+    assert "going on from" in capsys.readouterr().err
     assert same_bits(checkpoints(tmp_path / "unbroken")[-1], checkpoints(tmp_path / "broken")[-1])
     for kind in ("train", "validation"):
         unbroken, broken = ([(e["images_seen"], e["loss"]) for e in log(tmp_path / name, kind)] for name in ("unbroken", "broken"))
         assert unbroken == broken
 
 
+SIGNALLED = """
+import os, signal
+from t2i_experts.training import task
+losses, calls = task.DiffusionTask.losses, 0
+def telling(self, denoiser, batch):
+    global calls
+    calls += 1
+    if calls == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return losses(self, denoiser, batch)
+task.DiffusionTask.losses = telling
+from t2i_experts.cli.app import main
+main({argv!r})
+"""
+
+
 def test_two_processes_that_stop_and_go_on_equal_one_with_accumulation(write_config: WriteConfig, tmp_path: Path) -> None:
-    """Same global order, same noise: only the order of summation may differ."""
+    """A signal to one of them stops both after the same step. Same global order, same noise: only the order of summation may differ."""
     train(load_config(write_config("one"), ["training.accumulation=2"]), progress=False)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "t2i_experts", "train"]
-    for images in (32, 64):
-        arguments = [str(write_config("two")), f"training.images={images}", "--quiet"]
-        two = subprocess.run([*command, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=180)
+    argv = ["train", str(write_config("two")), "training.checkpoint_every_images=64", "--quiet"]
+    (tmp_path / "signalled.py").write_text(SIGNALLED.format(argv=argv))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for program, last in (([str(tmp_path / "signalled.py")], "000000000024"), (["-m", "t2i_experts", *argv], "000000000064")):
+        two = subprocess.run([*launch, *program], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=180)
         assert two.returncode == 0, two.stderr.decode()
+        assert checkpoints(tmp_path / "two")[-1].name == last
     assert b"going on from" in two.stderr
     first, second = (load_file(checkpoints(tmp_path / name)[-1] / "network.safetensors") for name in ("one", "two"))
     for name, tensor in first.items():
