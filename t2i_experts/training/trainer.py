@@ -142,7 +142,6 @@ class Trainer:
                 except TrainingDiverged as error:
                     self._roll_back(error)
             self.stopped_by = stop.signal
-        self.accelerator.end_training()
         return self.root / "model"
 
     def _train(self, stop: StopRequest) -> None:
