@@ -13,4 +13,5 @@ check() {
 check ruff check --quiet .
 check ruff format --quiet --check .
 check mypy
-check pytest -q "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+check pytest -q -n 2 --dist loadfile "$@"
