@@ -32,7 +32,8 @@ def doctor(
 ) -> None:
     """Look at the installation, the GPUs and the disk; with CONFIG also whether it can be trained here, and with how much memory.
 
-    Nothing is downloaded. Exit code 1 if something is wrong; each problem comes with what to do about it.
+    No weights are downloaded; shards behind URLs are read for some seconds (and pipe: commands run) unless --no-shards. Exit code 1 if
+    something is wrong; each problem comes with what to do about it.
     """
     for name, value in (("processes", processes), ("pictures", pictures)):
         if value < 1:
@@ -96,5 +97,5 @@ def _examine(
             problem = f"--measure: {str(error).split('. ')[0]}; what to do is said under memory"
             sections["measured"] = [Finding("training", "out of memory", problem=problem)]
     if shards and not any(row.problem for row in sections["shards"] if row.name == "train"):
-        sections["throughput"] = preflight.throughput(config, missing, measured)
+        sections["throughput"] = preflight.throughput(config, missing, measured, processes=processes)
     return sections

@@ -59,6 +59,7 @@ def shards(config: RunConfig) -> list[Finding]:
     """Whether the shard folders are here and whole, as far as sizes tell. What lies behind URLs is left to `throughput`."""
     from t2i_experts.config import is_url
     from t2i_experts.shards.reader import ShardReader
+    from t2i_experts.training.embeddings import stored_embeddings
 
     folders = [("train", folder) for folder in config.data.train]
     folders += [("validation", config.data.validation)] if config.data.validation else []
@@ -68,7 +69,7 @@ def shards(config: RunConfig) -> list[Finding]:
             rows.append(Finding(use, f"{folder}: read as a stream", {"url": folder}))
             continue
         try:
-            samples = ShardReader([folder], size=config.stage.size, seed=0).samples
+            samples = ShardReader([folder], size=config.stage.size, seed=0, embeddings=stored_embeddings(config)).samples
             rows.append(Finding(use, f"{samples:,} samples in {folder}", {"folder": folder, "samples": samples}))
         except (ValueError, OSError) as error:
             remedy = f"t2i-experts shards build SOURCE --out {folder}, or name another folder in data.{use}"
@@ -174,11 +175,14 @@ def measured_rows(memory: TrainingMemory, measured: MeasuredStep) -> list[Findin
     return rows
 
 
-def throughput(config: RunConfig, missing: tuple[str, ...], measured: MeasuredStep | None) -> list[Finding]:
+def throughput(config: RunConfig, missing: tuple[str, ...], measured: MeasuredStep | None, *, processes: int) -> list[Finding]:
     """How fast the shards are read, and whether that keeps the network busy, as far as its speed is known."""
     from t2i_experts.training.throughput import measure_loader
 
-    found = measure_loader(config, missing=missing)
+    try:
+        found = measure_loader(config, missing=missing, processes=processes)
+    except ValueError as error:
+        return [Finding("loader", "nothing could be read", problem=f"data.train: {error}")]
     text = f"{found.samples_per_second:,} samples/s a process, {found.workers} workers"
     text += f"; without the tokens of {', '.join(missing)}" if missing else ""
     rows = [Finding("loader", text, asdict(found))]

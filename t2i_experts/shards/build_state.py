@@ -16,11 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from t2i_experts.shards.format import MANIFEST, ShardEntry
+from t2i_experts.shards.format import BUILD_STATE, MANIFEST, ShardEntry
 from t2i_experts.shards.index import open_index, read_index_header
 from t2i_experts.shards.sources import Record
-
-BUILD_STATE = "building.json"
 
 _RECORDS = "records"
 

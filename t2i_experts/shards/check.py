@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from t2i_experts.shards.embeddings import unpack_features
-from t2i_experts.shards.format import MANIFEST, EncoderRecord, Manifest, ShardEntry, Statistics, parse_captions
+from t2i_experts.shards.format import BUILD_STATE, MANIFEST, EncoderRecord, Manifest, ShardEntry, Statistics, parse_captions
 from t2i_experts.shards.images import verify
 from t2i_experts.shards.index import Row, read_index_header, save_index, scan
 from t2i_experts.shards.parallel import in_order
@@ -88,6 +88,8 @@ def check_shards(
     paths = sorted(folder.glob("[!.]*.tar"))
     if not paths:
         raise ValueError(f"{folder} holds no tars" if folder.is_dir() else f"shard folder not found: {folder}")
+    if write_manifest and (folder / BUILD_STATE).is_file():
+        raise ValueError(f"{folder} holds an unfinished build, and no manifest is written of it: repeat the command that was building it")
     if workers < 1:
         raise ValueError(f"--workers={workers} must be at least 1")
     known: dict[str, ShardEntry] = {}
@@ -95,7 +97,13 @@ def check_shards(
     if not write_manifest and (folder / MANIFEST).is_file():
         known = {entry.file: entry for entry in Manifest.load(folder).shards}
     elif not write_manifest:
-        report.problems.append(Problem(MANIFEST, None, "is missing, and training needs it: run this command with --write-manifest"))
+        report.problems.append(
+            Problem(
+                MANIFEST,
+                None,
+                "is missing, and training needs it: repeat the command that was writing these tars, or adopt them with --write-manifest",
+            )
+        )
     embeddings = _recorded_embeddings(folder, paths)
     tars: list[_Tar] = []
     done = 0

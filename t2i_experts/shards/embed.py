@@ -114,10 +114,12 @@ def _refuse_other(out: Path, source: Manifest, records: Sequence[EncoderRecord])
     for path in sorted(out.glob("[!.]*")):
         if path.suffix == ".tar":
             head = read_index_header(path)
+            if head is None and path.name in made_from:
+                raise ValueError(f"--out {out} holds {path.name} without its .index file, which says what it was made from; delete the tar")
             if head is None or path.name not in made_from or head.get("source") != made_from[path.name]:
                 raise ValueError(f"--out {out} holds {path.name}, which was not made from this source: name another folder")
             refuse_other_encoders(f"--out {out}", head["embeddings"], records, "name another folder")
-        elif path.suffix != ".index" and path.name != MANIFEST:
+        elif path.suffix not in (".index", ".sizes") and path.name != MANIFEST:
             raise ValueError(f"--out {out} is not empty: it holds {path.name}; name another folder")
 
 

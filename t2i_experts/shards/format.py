@@ -14,6 +14,7 @@ from typing import Any
 
 VERSION = 1
 MANIFEST = "manifest.json"
+BUILD_STATE = "building.json"  # beside the tars of a build that has not ended
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_FIELDS = ("caption", "captions")
 
@@ -250,7 +251,10 @@ class Manifest:
             raise ValueError(f"shard folder not found: {folder}")
         if not path.is_file():
             if any(path.parent.glob("*.tar")):
-                raise ValueError(f"{folder} has tars but no {MANIFEST}: run `t2i-experts shards check {folder} --write-manifest`")
+                raise ValueError(
+                    f"{folder} has tars but no {MANIFEST}: repeat the command that was writing them; "
+                    f"tars from elsewhere are adopted by `t2i-experts shards check {folder} --write-manifest`"
+                )
             raise ValueError(
                 f"{folder} is not a shard folder: it holds neither {MANIFEST} nor tars; make one with `t2i-experts shards build`"
             )

@@ -10,8 +10,11 @@ and no other word on what went wrong than an exit code.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+import subprocess
+import tarfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -102,6 +105,11 @@ def _open_pipe(url: str) -> Iterator[ByteStream]:
         status = pipe.proc.wait(_TIMEOUT)
         if status:
             raise OSError(f"the command ended with exit code {status}")
+    except (ValueError, tarfile.TarError) as error:  # what was read is no tar; that the command failed says more
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if status := pipe.proc.wait(1):
+                raise OSError(f"the command ended with exit code {status}") from error
+        raise
     finally:
         pipe.proc.kill()  # of no effect on one that has ended
         pipe.close()

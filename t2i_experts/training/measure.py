@@ -13,15 +13,17 @@ from torch import Tensor
 
 from t2i_experts.cascade.pipeline import default_device
 from t2i_experts.cascade.stage import IMAGE_CHANNELS, build_network
-from t2i_experts.conditioning.conditioner import TextConditioner
-from t2i_experts.config import RunConfig
+from t2i_experts.conditioning.conditioner import Encoder, TextConditioner
+from t2i_experts.conditioning.stored import StoredTextEncoder, text_encoders
+from t2i_experts.config import EncoderConfig, RunConfig
 from t2i_experts.shards.reader import Sample
 from t2i_experts.training.allocations import occupied
 from t2i_experts.training.ema import build_ema
-from t2i_experts.training.memory import micro_batch
+from t2i_experts.training.memory import largest_shape, micro_batch
 from t2i_experts.training.optim import build_optimizer
 from t2i_experts.training.task import DiffusionTask
 from t2i_experts.training.uncertainty import LearnedWeighting
+from t2i_experts.types import TextFeatures
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,21 @@ def measure_training(config: RunConfig, *, processes: int = 1) -> MeasuredStep:
     batch_size = micro_batch(training, processes)
     torch.manual_seed(training.seed)
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in training
-    conditioner = TextConditioner.from_config(config.stage.encoders, device=device)
+    text = text_encoders(config.stage.encoders) if config.data.embeddings == "stored" else {}
+    at_work = TextConditioner.from_config({n: e for n, e in config.stage.encoders.items() if n not in text}, device=device)
+    stand_ins: dict[str, Encoder] = {name: StoredTextEncoder(encoder, device) for name, encoder in text.items()}
+    conditioner = TextConditioner({**stand_ins, **at_work.encoders}, config.stage.encoders)
     task = DiffusionTask(config.stage, conditioner, seed=training.seed, device=device, bf16=training.precision == "bf16")
     network = build_network(config.stage, checkpointed_resolutions=training.gradient_checkpointing).to(device)
     ema, optimizer = build_ema(network, training.ema), build_optimizer(network, training.optimizer)
     weighting = LearnedWeighting(training.optimizer, device) if training.uncertainty_weighting else None
     if training.compile:
-        network.compile()
-    size = (batch_size, IMAGE_CHANNELS, config.stage.size, config.stage.size)
-    pictures = torch.randint(256, size, dtype=torch.uint8)
+        network.compile(dynamic=False if config.stage.buckets else None)
+    width, height = largest_shape(config.stage)
+    pictures = torch.randint(256, (batch_size, IMAGE_CHANNELS, height, width), dtype=torch.uint8)
     caption = "a picture of many things " * max(encoder.max_tokens for encoder in config.stage.encoders.values())
-    batch = task.collate()([Sample(i, str(i), picture, caption, {}) for i, picture in enumerate(pictures)])
+    features = {name: _full(encoder) for name, encoder in text.items()}
+    batch = task.collate()([Sample(i, str(i), picture, caption, {}, features=features) for i, picture in enumerate(pictures)])
 
     def step() -> None:
         for _ in range(training.accumulation):
@@ -86,6 +92,12 @@ def measure_training(config: RunConfig, *, processes: int = 1) -> MeasuredStep:
     _synchronize(device)
     rate = training.accumulation * batch_size / (time.monotonic() - started)
     return MeasuredStep(str(device), batch_size, _peak(step, held, device), round(rate, 2))
+
+
+def _full(encoder: EncoderConfig) -> TextFeatures:
+    """What would be stored of a caption that fills an encoder."""
+    pooled = torch.zeros(encoder.pooled_width, dtype=torch.bfloat16) if encoder.pooled_width else None
+    return TextFeatures(torch.zeros(encoder.max_tokens, encoder.width, dtype=torch.bfloat16), pooled)
 
 
 def _peak(step: Callable[[], None], held: Callable[[], int], device: torch.device) -> int | None:

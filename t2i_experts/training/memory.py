@@ -8,6 +8,7 @@ a kernel needs within itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from t2i_experts.cascade.stage import IMAGE_CHANNELS, build_network
 from t2i_experts.conditioning.blank import BlankEncoder, blank_encoder
+from t2i_experts.conditioning.stored import text_encoders
 from t2i_experts.config import RunConfig, StageConfig, TrainingConfig
 from t2i_experts.diffusion.loss import EDMLoss
 from t2i_experts.diffusion.precond import EDMPrecond
@@ -91,7 +93,8 @@ def estimate_training(config: RunConfig, *, processes: int = 1) -> TrainingMemor
         network = build_network(stage, checkpointed_resolutions=training.gradient_checkpointing)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     weights, gradients = held_by(network), sum(parameter.nbytes for parameter in trained)
-    blanks = {name: blank_encoder(encoder) for name, encoder in stage.encoders.items()}
+    stored = text_encoders(stage.encoders) if config.data.embeddings == "stored" else ()  # never on the device
+    blanks = {name: blank_encoder(encoder) for name, encoder in stage.encoders.items() if name not in stored}
     with FakeTensorMode():
         encoders = {name: blank and _faked(blank) for name, blank in blanks.items()}
         materialized(network)
@@ -179,8 +182,14 @@ def _sizes(encoders: Mapping[str, BlankEncoder | None]) -> dict[str, int | None]
     return {name: None if blank is None else held_by(blank.model) for name, blank in encoders.items()}
 
 
+def largest_shape(stage: StageConfig) -> tuple[int, int]:
+    """(width, height) of the largest pictures that a stage is trained on."""
+    return max(((width, height) for width, height in stage.buckets), key=math.prod, default=(stage.size, stage.size))
+
+
 def _images(stage: StageConfig, batch: int) -> Tensor:
-    return torch.rand(batch, IMAGE_CHANNELS, stage.size, stage.size).contiguous(memory_format=torch.channels_last)
+    width, height = largest_shape(stage)
+    return torch.rand(batch, IMAGE_CHANNELS, height, width).contiguous(memory_format=torch.channels_last)
 
 
 def _encoded(stage: StageConfig, encoders: Mapping[str, BlankEncoder | None], images: Tensor, kept: Mapping[str, float]) -> Conditioning:
@@ -188,7 +197,7 @@ def _encoded(stage: StageConfig, encoders: Mapping[str, BlankEncoder | None], im
     embeddings: dict[str, Embedding] = {}
     for name, config in stage.encoders.items():
         embeddings[name] = Embedding.null(len(images), config.max_tokens, config.width, config.pooled_width)
-        blank, rows = encoders[name], round(kept.get(name, 0.0) * len(images))
+        blank, rows = encoders.get(name), round(kept.get(name, 0.0) * len(images))
         if blank is not None and rows:
             with torch.no_grad():
                 blank.encode(blank.model, images[:rows])

@@ -147,7 +147,7 @@ def _trained(run: Run) -> Iterator[str]:
     rows = [
         ("stage", f"{stage.name}, {stage.size} px"),
         ("parameters", f"{start[0]['parameters']:,}" if "parameters" in start[0] else "unknown"),
-        ("samples", f"{start[0]['samples']:,}" if "samples" in start[0] else "unknown"),
+        *[(name, f"{start[0][name]:,}") for name in ("samples", "tars") if name in start[0]],
         ("training shards", ", ".join(_code(name) for name in config.data.train)),
         ("validation shards", _code(config.data.validation) if config.data.validation else "none"),
         ("network", "; ".join(resolutions) or f"{stage.network.backbone}, {_code(str(stage.network.options))}"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from t2i_experts.conditioning.conditioner import PromptTokenizer
 from t2i_experts.config import EncoderConfig, RunConfig
-from t2i_experts.shards.stream import open_batches
+from t2i_experts.shards.stream import StreamReader, open_batches
 from t2i_experts.training.data import open_training_shards
 from t2i_experts.training.task import Collate
 
@@ -27,24 +27,25 @@ class Throughput:
     untokenised: tuple[str, ...] = ()
 
 
-def measure_loader(config: RunConfig, *, missing: tuple[str, ...] = ()) -> Throughput:
+def measure_loader(config: RunConfig, *, missing: tuple[str, ...] = (), processes: int = 1) -> Throughput:
     """Reads the training shards for about `SECONDS`, after a batch of each worker that does not count.
 
-    missing: encoders that cannot be loaded. Raises ValueError for shards that cannot be read.
+    missing: encoders that cannot be loaded. processes: of the run, of which one is measured.
+
+    Raises ValueError for shards that cannot be read.
     """
     encoders: dict[str, EncoderConfig] = {name: e for name, e in config.stage.encoders.items() if name not in missing}
     size = min(_BATCH, config.training.batch_size)
-    reader = open_training_shards(replace(config, training=replace(config.training, batch_size=size)), processes=1)
+    reader = open_training_shards(replace(config, training=replace(config.training, batch_size=size)), processes=processes)
+    workers = min(config.data.workers, len(reader.tars) // processes) if isinstance(reader, StreamReader) else config.data.workers
     rates = {name: encoder.drop for name, encoder in config.stage.encoders.items()}
     collate = Collate(PromptTokenizer.from_config(encoders), rates, config.training.seed)
-    batches = open_batches(
-        reader, collate, start=0, stop=None, batch_size=size, accumulation=1, rank=0, world_size=1, workers=config.data.workers
-    )
+    batches = open_batches(reader, collate, start=0, stop=None, batch_size=size, accumulation=1, rank=0, world_size=1, workers=workers)
     with contextlib.closing(batches):
-        for _ in range(max(config.data.workers, 1)):  # while the workers start
+        for _ in range(max(workers, 1)):  # while the workers start
             next(batches)
         started, passed, read = time.monotonic(), 0.0, 0
         while passed < SECONDS:
             read += len(next(batches).keys)
             passed = time.monotonic() - started
-    return Throughput(round(read / passed, 1), read, config.data.workers, missing)
+    return Throughput(round(read / passed, 1), read, workers, missing)

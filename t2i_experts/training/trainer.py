@@ -282,12 +282,13 @@ class Trainer:
         everyone: list[tuple[list[str], list[str]]] = gather_object([(keys, bad)])
         named = [key for _, names in everyone for key in names] or [key for names, _ in everyone for key in names]
         self.log.event("diverged", self.state.images_seen, keys=named)
+        hint = "With training.rollbacks=N a run goes back to it by itself, N times at most, and on with half the learning rate."
+        hint = "" if self.config.training.rollbacks else hint
         some = ", ".join(named[:16]) + (f" and {len(named) - 16} more, listed in {self.root / 'log.jsonl'}" if len(named) > 16 else "")
         raise TrainingDiverged(
             f"loss or gradient is not finite before {self.state.images_seen} images, first in the batch with {some}. The same command "
             f"would come to the same: lower training.optimizer.learning_rate or take these samples out. "
-            f"The last good checkpoint is {agreed_checkpoint(self.root) or 'none'}. With training.rollbacks=N a run goes back to it "
-            "by itself, N times at most, and on with half the learning rate."
+            f"The last good checkpoint is {agreed_checkpoint(self.root) or 'none'}. {hint}"
         )
 
     def _report(self, window: float, waited: float, images: int) -> None:

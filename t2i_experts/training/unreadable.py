@@ -29,7 +29,7 @@ class UnreadableSamples:
         self._begin = images_seen
         self._max_share = max_share
         self._named = {(event["shard"], event["key"]) for event in log.events("unreadable")}
-        self._warned = 0
+        self._warned = self._largest = 0  # the largest: the most draws that one finding stood for
         self._waiting: list[Unreadable] = []
         self._waiting_draws = 0
 
@@ -51,13 +51,15 @@ class UnreadableSamples:
         everyone: list[Unreadable] = gather_object(self._waiting)
         self._waiting, self._waiting_draws = [], 0
         self.drawn += drawn
+        self._largest = max(self._largest, *(what.draws for what in everyone))
         for what in everyone:
             if (what.shard, what.key) not in self._named:
                 self._named.add((what.shard, what.key))
                 self._log.event("unreadable", images_seen, shard=what.shard, key=what.key, why=what.why)
                 self._warn(what)
         draws = images_seen - self._begin + self.drawn
-        if self.drawn > self._max_share * max(draws, _AT_LEAST_DRAWS):
+        two_tars = 2 * self._largest / self._max_share if self._max_share else 0  # one alone, early in a run, is not too much
+        if self.drawn > self._max_share * max(draws, _AT_LEAST_DRAWS, two_tars):
             raise ValueError(
                 f"{self.drawn:,} of {draws:,} samples drawn in this run could not be read, which is more than "
                 f"data.max_unreadable={self._max_share} allows. {self._log.path} names them; "

@@ -14,8 +14,8 @@ import pytest
 
 from t2i_experts.shards import build
 from t2i_experts.shards.build import BuildOptions, build_shards
-from t2i_experts.shards.build_state import BUILD_STATE
-from t2i_experts.shards.format import MANIFEST
+from t2i_experts.shards.check import check_shards
+from t2i_experts.shards.format import BUILD_STATE, MANIFEST
 from t2i_experts.shards.images import prepare
 
 Encode = Callable[..., bytes]
@@ -89,6 +89,8 @@ def test_killed_between_the_last_tar_and_the_end(tmp_path: Path, photos: Path) -
     done = subprocess.run([sys.executable, "-c", script, str(photos), str(out)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (out / BUILD_STATE).is_file() and len(list(out.glob("*.tar"))) == 4
+    with pytest.raises(ValueError, match="unfinished build"):
+        check_shards(out, write_manifest=True)
     build_shards(photos, out, None, OPTIONS)
     assert files(out) == files(tmp_path / "whole")
 

@@ -105,7 +105,7 @@ def foreign(folder: Path, encode: Callable[..., bytes], corrupt: int | None = No
 
 def test_foreign_tars_are_adopted(tmp_path: Path, encode: Callable[..., bytes]) -> None:
     folder = foreign(tmp_path / "laion", encode)
-    with pytest.raises(ValueError, match=r"no manifest\.json: run `t2i-experts shards check .*laion --write-manifest`"):
+    with pytest.raises(ValueError, match=r"no manifest\.json: .* adopted by `t2i-experts shards check .*laion --write-manifest`"):
         ShardReader([folder], size=8, seed=0)
     report = check_shards(folder, write_manifest=True)
     assert not report.problems and len(report.notes) == 2  # not sorted

@@ -147,7 +147,7 @@ def test_pipes(tmp_path: Path, make_shards: MakeShards, tar_server: Any) -> None
     make_shards(tmp_path, 10)
     reader = StreamReader([f"pipe:cat '{tmp_path}/'{{00000..00001}}.tar"], size=4, seed=0)
     assert sorted(sample.key for sample in samples(reader, 10, batch_size=5, workers=2)) == [f"{i:05d}" for i in range(10)]
-    for command, given, why in ((f"cat {tmp_path}/00000.tar; exit 3", 5, "exit code 3"), ("nothing-of-this-name", 0, "empty")):
+    for command, given, why in ((f"cat {tmp_path}/00000.tar; exit 3", 5, "exit code 3"), ("nothing-of-this-name", 0, "exit code 127")):
         *found, last = read_tar(f"pipe:{command} 2>/dev/null")
         assert len(found) == given and isinstance(last, Unreadable) and why in last.why
 

@@ -109,6 +109,14 @@ def test_a_compiled_run_is_estimated_as_compiled(write_config: WriteConfig, monk
     assert checkpointed.activations == checkpointed.uncompiled
 
 
+def test_it_follows_stored_embeddings_and_buckets() -> None:
+    plain = estimate_training(load_config("tiny/base64"))
+    stored = estimate_training(load_config("tiny/base64", ["data.embeddings=stored"]))
+    assert set(stored.encoders) == {"clip_image"} and stored.total < plain.total
+    wide = estimate_training(load_config("tiny/base64", ["stage.buckets=[[64,64],[80,64]]"]))
+    assert wide.activations == pytest.approx(1.25 * plain.activations, rel=0.05)
+
+
 def test_sampling_takes_less_in_bfloat16_and_more_for_more_pictures(stage_config: StageConfig) -> None:
     one, many = (estimate_sampling(stage_config, images) for images in (8, 32))
     half = estimate_sampling(stage_config, 32, torch.bfloat16)
