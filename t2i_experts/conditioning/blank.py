@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,18 +37,18 @@ class BlankEncoder:
     encode: Callable[[nn.Module, Tensor], Embedding]
 
 
-def blank_encoder(config: EncoderConfig, root: Path | None = None) -> BlankEncoder | None:
+def blank_encoder(config: EncoderConfig) -> BlankEncoder | None:
     """The encoder that `config` names without its weights; None if its architecture is not known here: it is a plugin's, or not there."""
     try:
-        local_folder(config.model, root)
+        local_folder(config.model, None)
     except ValueError:
         return None
     with torch.device("meta"), _quiet():
         match config.kind:
             case "t5":
-                model, encode = _t5(config, root), _encode_t5
+                model, encode = _t5(config), _encode_t5
             case "clip_text" | "clip_image":
-                model, encode = _clip(config, root), _encode_text if config.kind == "clip_text" else _encode_image
+                model, encode = _clip(config), _encode_text if config.kind == "clip_text" else _encode_image
             case _:
                 return None
     if model is None:
@@ -58,10 +57,10 @@ def blank_encoder(config: EncoderConfig, root: Path | None = None) -> BlankEncod
     return BlankEncoder(frozen, lambda network, images: encode(network, images, config))
 
 
-def _t5(config: EncoderConfig, root: Path | None) -> nn.Module | None:
+def _t5(config: EncoderConfig) -> nn.Module | None:
     from transformers import T5Config, T5EncoderModel
 
-    folder = local_folder(config.model, root)
+    folder = local_folder(config.model, None)
     file = cached(config.model, "config.json") if folder is None else folder / "config.json"
     size = config.model.removeprefix("google/t5-v1_1-")
     if file is not None and file.is_file():
@@ -81,11 +80,11 @@ def _encode_t5(model: Any, images: Tensor, config: EncoderConfig) -> Embedding:
     return Embedding(hidden, mask)
 
 
-def _clip(config: EncoderConfig, root: Path | None) -> nn.Module | None:
+def _clip(config: EncoderConfig) -> nn.Module | None:
     """One tower: the text's without the image's, or the image's alone."""
     import open_clip
 
-    folder = local_folder(config.model, root)
+    folder = local_folder(config.model, None)
     name = config.model if folder is None else f"local-dir:{folder}"
     if folder is not None and not (folder / "open_clip_config.json").is_file():
         return None

@@ -38,15 +38,15 @@ def hub_cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def find_encoder(config: EncoderConfig, root: Path | None = None) -> Presence:
+def find_encoder(config: EncoderConfig) -> Presence:
     """Looks for the files that loading this encoder would read: in its folder, or among what the hub has given before.
 
-    root: see `local_folder`. Raises nothing: a folder that does not exist is a `remedy`, too.
+    Raises nothing: a folder that does not exist is a `remedy`, too.
     """
     if config.kind not in ("t5", "clip_text", "clip_image"):
         return Presence(known=False)
     try:
-        folder = local_folder(config.model, root)
+        folder = local_folder(config.model, None)
     except ValueError as error:
         return Presence(remedy=f"{error}; put the encoder there, or name a hub id")
     t5 = config.kind == "t5"

@@ -272,6 +272,12 @@ class Manifest:
         return manifest
 
 
+def header_line(head: Mapping[str, Any]) -> bytes:
+    """What a file beside a tar begins with: a line of JSON, padded to a multiple of 64 bytes."""
+    line = json.dumps(head).encode()
+    return line + b" " * (-(len(line) + 1) % 64) + b"\n"
+
+
 def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
     """Writes a file under a temporary name in the same folder, syncs it to disk and renames it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -20,6 +20,7 @@ from t2i_experts.shards.format import (
     EncoderRecord,
     ShardEntry,
     Statistics,
+    header_line,
     split_member,
     write_atomically,
 )
@@ -257,10 +258,8 @@ def save_index(
         "statistics": dataclasses.asdict(statistics),
         **({"embeddings": [dataclasses.asdict(record) for record in embeddings], "source": source} if embeddings else {}),
     }
-    line = json.dumps(head).encode()
-    line += b" " * (-(len(line) + 1) % 64) + b"\n"
     packed = (_pack(row, key_bytes, [record.member for record in embeddings]) for row in rows)
-    write_atomically((folder / entry.file).with_suffix(_SUFFIX), [line, *packed])
+    write_atomically((folder / entry.file).with_suffix(_SUFFIX), [header_line(head), *packed])
 
 
 def _pack(row: Row, key_bytes: int, embeddings: Sequence[str]) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from t2i_experts.shards.format import ShardEntry, write_atomically
+from t2i_experts.shards.format import ShardEntry, header_line, write_atomically
 from t2i_experts.shards.images import upright_size
-from t2i_experts.shards.index import IndexFile, Row, open_index
+from t2i_experts.shards.index import Row, open_index
 from t2i_experts.shards.parallel import in_order
 
 _SUFFIX = ".sizes"
@@ -51,7 +50,8 @@ def shard_sizes(folder: Path, entry: ShardEntry) -> NDArray[np.int32]:
     if data.startswith(head) and len(data) == len(head) + 8 * entry.samples:
         return np.frombuffer(data, "<i4", offset=len(head)).reshape(-1, 2)
     try:
-        sizes = _read_sizes(folder / entry.file, _rows(open_index(folder, entry)))
+        index = open_index(folder, entry)
+        sizes = _read_sizes(folder / entry.file, index if isinstance(index, tuple) else index.rows())
     except OSError as error:
         raise ValueError(f"{folder / entry.file}: the sizes of its pictures cannot be read: {error}") from error
     with contextlib.suppress(OSError):  # a folder that cannot be written to, or a full disk: they are read again the next time
@@ -60,16 +60,8 @@ def shard_sizes(folder: Path, entry: ShardEntry) -> NDArray[np.int32]:
 
 
 def _head(entry: ShardEntry) -> bytes:
-    """A line of JSON that names the shard, padded to a multiple of 64 bytes; after it come the sizes."""
-    line = json.dumps({"kind": _HEADER, "entry": dataclasses.asdict(entry)}).encode()
-    return line + b" " * (-(len(line) + 1) % 64) + b"\n"
-
-
-def _rows(index: IndexFile | tuple[Row, ...]) -> tuple[Row, ...]:
-    if isinstance(index, tuple):
-        return index
-    data = index.path.read_bytes()
-    return tuple(index.unpack(data[at : at + index.row_bytes]) for at in range(index.offset, len(data), index.row_bytes))
+    """The line that names the shard; after it come the sizes."""
+    return header_line({"kind": _HEADER, "entry": dataclasses.asdict(entry)})
 
 
 def _read_sizes(tar: Path, rows: tuple[Row, ...]) -> NDArray[np.int32]:

@@ -60,6 +60,10 @@ class StreamReader:
             "have an exact order"
         )
 
+    def workers(self, wanted: int, processes: int) -> int:
+        """How many workers a process can have, each of which reads tars of its own."""
+        return min(wanted, len(self.tars) // processes)
+
     def decode(self, stored: StreamedSample, position: int) -> Sample:
         """A sample at a position, which chooses its caption. Raises ValueError for a picture or captions that are broken."""
         captions, metadata = parse_captions(stored.text, stored.fields)
@@ -115,7 +119,7 @@ def open_batches(
     ValueError as from `open_loader`, and when nothing can be read any more.
     """
     if isinstance(reader, StreamReader):
-        workers = min(workers, len(reader.tars) // world_size)
+        workers = reader.workers(workers, world_size)
         source: SampleReader = _Stream(reader, start, rank, world_size, workers)
     else:
         source = reader

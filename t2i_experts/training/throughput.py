@@ -37,7 +37,7 @@ def measure_loader(config: RunConfig, *, missing: tuple[str, ...] = (), processe
     encoders: dict[str, EncoderConfig] = {name: e for name, e in config.stage.encoders.items() if name not in missing}
     size = min(_BATCH, config.training.batch_size)
     reader = open_training_shards(replace(config, training=replace(config.training, batch_size=size)), processes=processes)
-    workers = min(config.data.workers, len(reader.tars) // processes) if isinstance(reader, StreamReader) else config.data.workers
+    workers = reader.workers(config.data.workers, processes) if isinstance(reader, StreamReader) else config.data.workers
     rates = {name: encoder.drop for name, encoder in config.stage.encoders.items()}
     collate = Collate(PromptTokenizer.from_config(encoders), rates, config.training.seed)
     batches = open_batches(reader, collate, start=0, stop=None, batch_size=size, accumulation=1, rank=0, world_size=1, workers=workers)
