@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from t2i_experts.config import load_config
 from t2i_experts.shards.index import scan
+from t2i_experts.shards.reader import Unreadable
 from t2i_experts.training.state import checkpoints
 from t2i_experts.training.trainer import train
+from t2i_experts.training.unreadable import UnreadableSamples
 
 WriteConfig = Callable[[str], Path]
 
@@ -89,3 +92,28 @@ def test_too_much_is_an_error_that_says_what_to_do(write_config: WriteConfig, tm
     assert (again / "model_index.json").is_file()
     with pytest.raises(ValueError, match=r"data\.max_unreadable=1\.0 must lie in"):
         load_config(write_config("run"), ["data.max_unreadable=1"])
+
+
+class Log:
+    """What `UnreadableSamples` needs of a run's log."""
+
+    path = Path("log.jsonl")
+
+    def events(self, kind: str) -> list[dict[str, object]]:
+        return []
+
+    def event(self, kind: str, images_seen: int, **facts: object) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+
+def test_one_tar_alone_is_not_too_much_however_large() -> None:
+    """The rest of a tar that is read as a stream counts as many draws at once; at the start of a run that would be a large share."""
+    unreadable = UnreadableSamples(Accelerator(cpu=True), Log(), images_seen=0, max_share=0.1)  # type: ignore[arg-type]
+    unreadable.note([Unreadable("http://a/0.tar", None, "gone", draws=10_000)], drawn=True)
+    unreadable.tell(64)
+    unreadable.note([Unreadable("http://a/1.tar", None, "gone", draws=10_000)], drawn=True)
+    unreadable.tell(128)
+    unreadable.note([Unreadable("http://a/2.tar", None, "gone", draws=10_000)], drawn=True)
+    with pytest.raises(ValueError, match=r"more than data\.max_unreadable=0\.1"):
+        unreadable.tell(192)
