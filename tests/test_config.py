@@ -116,7 +116,7 @@ def test_a_file_that_is_no_config(base: Path, text: str, said: str) -> None:
 
 def test_no_file_and_no_text(base: Path) -> None:
     assert "not found" in error_of(base.with_name("nowhere.yaml"))
-    assert "not found" in error_of(base.parent)
+    assert f"CONFIG='{base.parent}' is a folder, which holds the YAML files {base};" in error_of(base.parent)
     base.write_bytes(b"output: \xff\xfe")
     assert str(base) in error_of(base)
 
@@ -237,8 +237,15 @@ def test_a_missing_value_is_named(base: Path, key: str) -> None:
 
 
 def test_an_empty_file_misses_what_has_no_default(base: Path) -> None:
-    base.write_text("")
-    assert "output" in error_of(base)
+    """All of it is named at once, in words of ours, and where to begin; where a file has begun, only what it lacks."""
+    base.write_text("# nothing but a comment\n")
+    assert error_of(base).startswith(
+        f"{base} is empty: missing mandatory value: data, output, stage, training; with `extends: tiny/base64`"
+    )
+    assert error_of(child(base, "extends: tiny/base64\nstage: {encoders: {clap_text: {drop: 0}}}\n")).endswith(
+        ": missing mandatory value: stage.encoders.clap_text.kind, stage.encoders.clap_text.model, stage.encoders.clap_text.width; "
+        "did you mean stage.encoders.clip_text?"
+    )
 
 
 @pytest.mark.parametrize(

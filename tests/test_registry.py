@@ -46,6 +46,16 @@ def test_an_unknown_name_names_the_nearest_and_all_there_are() -> None:
     with pytest.raises(ValueError) as caught:
         Registry().get("sampler", "zzz")
     assert str(caught.value) == "unknown sampler 'zzz'; allowed: dpmpp_2m, euler, heun"
+    with pytest.raises(ValueError) as again:
+        Registry().check("sampler", "zzz")
+    assert str(again.value) == str(caught.value)
+
+
+def test_a_name_is_checked_without_importing_its_part() -> None:
+    known = Registry({"sampler": {"lost": "no_such_module:part"}}, plugins=())
+    known.check("sampler", "lost")
+    with pytest.raises(ModuleNotFoundError):
+        known.get("sampler", "lost")
 
 
 def test_an_unknown_kind_is_refused_by_every_door() -> None:

@@ -22,6 +22,8 @@ from typer.core import TyperCommand, TyperGroup
 from t2i_experts import __version__
 from t2i_experts.registry import LazyCommand
 
+UsageError: Any = typer.BadParameter.__base__  # Click's, to which Typer gives no name
+
 PROGRAM = "t2i-experts"
 COMPLETE = "_T2I_EXPERTS_COMPLETE"  # set by the scripts of `completion`; the name is Typer's, made from the program's
 
@@ -56,10 +58,11 @@ class Command(TyperCommand):
     """A command whose `--help` is quick, and whose usage errors say which value was received."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Reads the arguments. Raises typer.BadParameter for a value that is not of its parameter's type."""
+        """Reads the arguments. Raises Click's UsageError, typer.BadParameter for a value that is not of its parameter's type."""
         try:
             return super().parse_args(ctx, args)
-        except typer.BadParameter as error:
+        except UsageError as error:
+            error.ctx = error.ctx or ctx
             for found in getattr(error.__cause__, "errors", list)():  # pydantic's, which name every part but the value
                 error.message += f"; received {found['input']!r}"
             raise
@@ -105,6 +108,15 @@ class Root(Group):
             ctx.fail(f"unknown command {name!r}.{hint} Allowed: {', '.join(names)}.")
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command. Ctrl-C is never silent: it says what the KeyboardInterrupt says, or `interrupted`, and ends with 130."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes that a launcher started on this host, one says it
+                print(*interrupt.args or ["interrupted"], file=sys.stderr)
+            raise typer.Exit(130) from interrupt
+
 
 def load(name: str, command: LazyCommand) -> Any:
     """Imports a sub-command's module and returns it as Typer's command object."""
@@ -147,16 +159,35 @@ def build_root(table: Mapping[str, LazyCommand] = COMMANDS) -> Root:
 
 
 def report(error: Exception, *, debug: bool) -> int:
-    """Tells the user on stderr what went wrong, and returns the exit code."""
+    """Tells the user on stderr what went wrong, and returns the exit code.
+
+    An exception that this package defines was written for the user; the name of any other's class belongs to what it says.
+    """
+    if isinstance(error, UsageError):
+        return _report_usage(error)
     if debug:
         traceback.print_exception(error)
     if isinstance(error, ValueError):
         print(f"{_error_mark()} {error}", file=sys.stderr)
         return 2
-    print(f"{_error_mark()} {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
-    if not debug:
+    message = " ".join(str(error).split())
+    ours = type(error).__module__.startswith("t2i_experts.")
+    print(f"{_error_mark()} {message if ours else f'{type(error).__name__}: {message}'}", file=sys.stderr)
+    if not (debug or ours):
         print(f"run again with --debug for the traceback: {PROGRAM} --debug COMMAND ...", file=sys.stderr)
     return 1
+
+
+def _report_usage(error: Any) -> int:
+    """A line that says what is wrong with the arguments, and one that says where the right ones are; the help if there are none at all."""
+    message, context = error.format_message(), error.ctx
+    if context is not None and message == context.get_help():
+        print(message, file=sys.stderr)
+        return 2
+    print(f"{_error_mark()} {message[:1].lower()}{message[1:].rstrip('.')}", file=sys.stderr)
+    if context is not None:
+        print(f"  see {context.command_path} --help", file=sys.stderr)
+    return 2
 
 
 def _error_mark() -> str:
@@ -171,7 +202,8 @@ def main(argv: Sequence[str] | None = None, table: Mapping[str, LazyCommand] = C
     session = {"debug": False}
     try:
         with _answering_a_shell():
-            build_root(table).main(args=argv, prog_name=PROGRAM, obj=session)
+            code = build_root(table).main(args=argv, prog_name=PROGRAM, obj=session, standalone_mode=False)
+        raise SystemExit(code if isinstance(code, int) else 0)  # a command returns nothing; typer.Exit comes as its code
     except Exception as error:
         code = report(error, debug=session["debug"])
         if _one_of_several_processes():

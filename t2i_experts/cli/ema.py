@@ -19,6 +19,10 @@ def ema(
     as_json: Json = False,
 ) -> None:
     """Make a model with averaged weights of another width than those that were tracked (EDM2's post-hoc EMA)."""
+    if not run.is_dir():
+        what = "is a file" if run.exists() else "is not there"
+        raise ValueError(f"RUN={str(run)!r} {what}; give the output folder of a training run, in which its snapshots/ are")
+
     from t2i_experts.training.posthoc import save_reconstruction
 
     result = save_reconstruction(run, out, sigma_rel, images)

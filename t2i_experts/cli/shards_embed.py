@@ -79,8 +79,7 @@ def embed(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        typer.echo("interrupted; the same command goes on after the last complete tar", err=True)
-        raise
+        raise KeyboardInterrupt("interrupted; the same command goes on after the last complete tar") from None
     document = {
         "folder": str(folder),
         "out": str(out),

@@ -22,14 +22,13 @@ def train(
 
     On several GPUs or hosts: accelerate launch -m t2i_experts train CONFIG. SIGTERM and Ctrl-C end the step, write a checkpoint and stop.
     """
+    from t2i_experts.cli.config import check_parts
     from t2i_experts.config import load_config
 
     resolved = load_config(config, overrides or [])
+    check_parts(resolved)  # an unknown sampler would be noticed only when the trained model is used
 
-    from t2i_experts.registry import registry
     from t2i_experts.training.trainer import Trainer
-
-    registry.get("sampler", resolved.sampling.sampler)  # an unknown one would be noticed only when the trained model is used
 
     trainer = Trainer(resolved, progress=not quiet)
     main = trainer.accelerator.is_main_process
@@ -44,10 +43,8 @@ def train(
     try:
         model = trainer.run()
     except KeyboardInterrupt:
-        if main:
-            seen = trainer.state.images_seen
-            print(f"interrupted after {seen:,} images; the same command goes on from the last checkpoint", file=sys.stderr)
-        raise
+        seen = trainer.state.images_seen
+        raise KeyboardInterrupt(f"interrupted after {seen:,} images; the same command goes on from the last checkpoint") from None
     stopped = trainer.stopped_by
     if main:
         seen, total = trainer.state.images_seen, resolved.training.images

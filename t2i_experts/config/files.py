@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from t2i_experts.config.keys import check_keys, check_shapes
 from t2i_experts.config.origins import Setting, trace
@@ -40,7 +40,8 @@ def read_files(config: str | Path, beside: Path | None = None, chain: tuple[Path
     try:
         path = find_config(config, beside)
     except ValueError as error:
-        raise ValueError(f"{error} (extended by {chain[-1]})" if chain else str(error)) from None
+        message = _no_config(config if beside is None else beside / config) or str(error)
+        raise ValueError(f"{message} (extended by {chain[-1]})" if chain else message) from None
     here = path.resolve()
     if here in chain:
         raise ValueError(f"extends goes in a circle: {' -> '.join(str(p) for p in (*chain, here))}")
@@ -52,6 +53,16 @@ def read_files(config: str | Path, beside: Path | None = None, chain: tuple[Path
         raise ValueError(f"{path} must hold keys and values at its top level")
     parents = read_files(str(tree.pop("extends")), path.parent, (*chain, here)) if "extends" in tree else []
     return [*parents, Layer(shown(path), tree, path)]
+
+
+def _no_config(path: str | Path) -> str:
+    """For a folder in the place of a config file, which files may have been meant; empty for anything else."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return ""
+    files = sorted(str(file) for file in folder.glob("*.yaml"))
+    held = f"the YAML files {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}" if files else "no YAML file"
+    return f"CONFIG={str(path)!r} is a folder, which holds {held}; a config is a YAML file, or one of `t2i-experts config list`"
 
 
 def load_config(config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -87,8 +98,9 @@ def _build(layers: Sequence[Layer]) -> RunConfig:
     try:
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, TypeError) as error:
-        files = [layer.origin for layer in layers if layer.path] or [layers[0].origin]
-        raise ValueError(f"{files[-1]}: {_explain(error)}{_others(merged, error)}") from error
+        source = next((layer for layer in reversed(layers) if layer.path), layers[0])
+        message = _lacking(merged, source) if isinstance(error, MissingMandatoryValue) else f": {_explain(error)}"
+        raise ValueError(f"{source.origin}{message}{_others(merged, error)}") from error
     assert isinstance(config, RunConfig)
     check(config)
     return config
@@ -111,7 +123,17 @@ def _explain(error: Exception) -> str:
     """What OmegaConf complains of, in one line that names the key."""
     message = str(error).split("\n")[0]
     key = getattr(error, "full_key", None)
+    if key and isinstance(error, MissingMandatoryValue):
+        return f"missing mandatory value: {key}"
     return f"{key}: {message}" if key and key not in message else message
+
+
+def _lacking(merged: Any, source: Layer) -> str:
+    """What a config still needs, all at once; for one that has hardly begun, where to begin."""
+    missing = sorted(OmegaConf.missing_keys(merged))
+    begun = not any(field.name in missing for field in dataclasses.fields(RunConfig) if field.name != "output")
+    begin = "" if begun else "; with `extends: tiny/base64`, or another of `t2i-experts config list`, a file holds only what differs"
+    return f"{'' if source.tree else ' is empty'}: missing mandatory value: {', '.join(missing)}{begin}"
 
 
 def _others(merged: Any, error: Exception) -> str:

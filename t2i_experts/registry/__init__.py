@@ -106,8 +106,11 @@ class Registry:
         self.plugins()
         return sorted(self._named(kind))
 
-    def get(self, kind: str, name: str) -> Any:
-        """The part. Raises ValueError for an unknown kind or name, listing those that there are and the plugins that were skipped."""
+    def check(self, kind: str, name: str) -> None:
+        """Raises ValueError for an unknown kind or name, listing those that there are and the plugins that were skipped.
+
+        No part is imported: a wrong name is told before anything that takes seconds.
+        """
         if name not in self._named(kind):
             self.plugins()
         named = self._named(kind)
@@ -116,6 +119,11 @@ class Registry:
             hint = f"did you mean {near[0]!r}? " if near else ""
             skipped = "".join(f"; the plugin {plugin} was skipped: {plugin.error}" for plugin in self.plugins() if plugin.error)
             raise ValueError(f"unknown {kind} {name!r}; {hint}allowed: {', '.join(sorted(named))}{skipped}")
+
+    def get(self, kind: str, name: str) -> Any:
+        """The part, imported now if it was not yet. Raises ValueError as `check`."""
+        self.check(kind, name)
+        named = self._named(kind)
         part = named[name]
         if isinstance(part, str):
             try:

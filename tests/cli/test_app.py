@@ -14,6 +14,7 @@ import typer
 
 import t2i_experts
 from t2i_experts.cli.app import LazyCommand, main
+from t2i_experts.training.divergence import TrainingDiverged
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -35,6 +36,10 @@ def fail_with(kind: str) -> None:
             raise RuntimeError("the disk\nis full")
         case "interrupt":
             raise KeyboardInterrupt
+        case "told":
+            raise KeyboardInterrupt("interrupted after 3 pictures")
+        case "diverged":
+            raise TrainingDiverged("the loss rose\nto 3")
         case "exit":
             raise typer.Exit(7)
 
@@ -114,8 +119,8 @@ def test_no_command_shows_the_help_and_is_a_usage_error(run: Run) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (("drow",), "Did you mean 'draw'? Allowed: draw, fail, shards, absent."),
-        (("zzz",), "unknown command 'zzz'. Allowed: draw, fail, shards, absent."),
+        (("drow",), "Did you mean 'draw'? Allowed: draw, fail, shards, absent\n"),
+        (("zzz",), "unknown command 'zzz'. Allowed: draw, fail, shards, absent\n"),
         (("--nonsense",), "--nonsense"),
         (("draw",), "PROMPT"),
         (("draw", "an apple", "--num", "many"), "'--num'"),
@@ -139,6 +144,11 @@ def test_any_other_error_is_one_line_and_the_way_to_the_traceback(run: Run) -> N
     assert "--debug" in second
 
 
+def test_an_error_that_was_written_for_the_user_is_told_as_it_is(run: Run) -> None:
+    assert run("fail", "diverged") == (1, "", "error: the loss rose to 3\n")
+    assert "Traceback" in run("--debug", "fail", "diverged")[2]
+
+
 def test_a_command_that_cannot_be_imported_harms_only_itself(run: Run) -> None:
     code, _, err = run("absent")
     assert code == 1 and "no_such_module" in err and "Traceback" not in err
@@ -153,10 +163,25 @@ def test_debug_shows_the_traceback_and_changes_no_exit_code(run: Run, monkeypatc
         assert got == code and "Traceback" in err and "fail_with" in err
 
 
-@pytest.mark.parametrize(("kind", "code"), [("interrupt", 130), ("exit", 7), ("none", 0)])
-def test_other_ways_to_end(run: Run, kind: str, code: int) -> None:
-    got, _, err = run("fail", kind)
-    assert got == code and "Traceback" not in err
+@pytest.mark.parametrize(
+    ("kind", "code", "said"),
+    [("interrupt", 130, "interrupted\n"), ("told", 130, "interrupted after 3 pictures\n"), ("exit", 7, ""), ("none", 0, "")],
+)
+def test_other_ways_to_end(run: Run, kind: str, code: int, said: str) -> None:
+    assert run("fail", kind) == (code, "", said)
+
+
+def test_ctrl_c_while_a_command_is_imported_is_told(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_command.py").write_text("raise KeyboardInterrupt")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(SystemExit) as exit:
+        main(["slow"], {"slow": LazyCommand("slow_command:run", "")})
+    assert exit.value.code == 130
+
+
+def test_of_several_processes_one_says_that_they_were_interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run("fail", "interrupt") == (130, "", "")
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])
