@@ -262,7 +262,8 @@ def test_the_examples_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
             continue
         shutil.rmtree("data", ignore_errors=True)
         if words[2] != "build":
-            shutil.copytree("kept", "data/photos")
+            for folder in ("data/photos", "data/coco"):
+                shutil.copytree("kept", folder)
         out = run(words, capsys)
         assert "--where" not in words or "2 samples" in out, "those with similarity 0.3 and 0.4"
     assert Path("picture.jpg").read_bytes() == Path("photos/17.jpg").read_bytes()

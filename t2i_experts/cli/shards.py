@@ -66,8 +66,7 @@ def build(
         with _progress("building") as progress:
             manifest, skipped = build_shards(source, out, images, options, progress)
     except KeyboardInterrupt:
-        typer.echo("interrupted; the same command goes on after the last complete tar", err=True)
-        raise
+        raise KeyboardInterrupt("interrupted; the same command goes on after the last complete tar") from None
     if as_json:
         reasons = {reason: {"count": count, "first": skipped.first[reason]} for reason, count in skipped.counts.items()}
         typer.echo(json.dumps({"out": str(out), **_plain(manifest), "skipped": reasons}, ensure_ascii=False))
@@ -82,32 +81,60 @@ def build(
 
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(help="A folder of tars, of this program or of img2dataset.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", help="Folders of tars, of this program or of img2dataset.")],
     write_manifest: Annotated[bool, typer.Option("--write-manifest", help="Write a manifest that leaves broken samples out.")] = False,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
-    """Check every byte, image and caption of a shard folder; exit with 1 if something is wrong."""
+    """Check every byte, image and caption of shard folders; exit with 1 if something is wrong.
+
+    Each folder is checked by itself, and one that cannot be checked (exit code 2) does not keep the others from it.
+    """
     from t2i_experts.shards.check import check_shards
 
-    with _progress("checking") as progress:
-        report = check_shards(folder, write_manifest=write_manifest, workers=_workers(workers), progress=progress)
+    documents: list[dict[str, Any]] = []
+    worst = 0
+    for folder in folders:
+        try:
+            with _progress("checking") as progress:
+                report = check_shards(folder, write_manifest=write_manifest, workers=_workers(workers), progress=progress)
+        except ValueError as error:
+            if len(folders) == 1:
+                raise
+            typer.echo(f"error: {error}", err=True)
+            documents.append({"folder": str(folder), "good": False, "error": str(error)})
+            worst = 2
+            continue
+        documents.append(_report(report, write_manifest))
+        worst = max(worst, 1 if report.problems else 0)
+        if not as_json:
+            _tell(report, write_manifest)
     if as_json:
-        typer.echo(json.dumps(_report(report, write_manifest), ensure_ascii=False))
-    else:
-        for title, problems in (("problem", report.problems), ("left out", report.left_out)):
-            for problem in problems[:_LISTED]:
-                typer.echo(f"{title}: {problem.shard}{f' {problem.key!r}' if problem.key else ''}: {problem.detail}", err=True)
-            if len(problems) > _LISTED:
-                typer.echo(f"{title}: ... {len(problems)} in all; --json lists them", err=True)
-        for note in report.notes:
-            typer.echo(f"note: {note}", err=True)
-        verdict = f"{len(report.problems)} problems" if report.problems else "good"
-        left_out = f", {len(report.left_out)} samples left out" if report.left_out else ""
-        written = "; manifest written" if write_manifest else ""
-        typer.echo(f"{folder}: {verdict}: {_summary(report.manifest)}{left_out}{written}; hash {report.manifest.hash[:16]}")
-    if report.problems:
-        raise typer.Exit(1)
+        document = documents[0] if len(folders) == 1 else {"good": worst == 0, "folders": documents}
+        typer.echo(json.dumps(document, ensure_ascii=False))
+    if worst:
+        raise typer.Exit(worst)
+
+
+def _tell(report: CheckReport, written: bool) -> None:
+    """What is wrong with a folder on stderr, a line each, and a line with the verdict on stdout."""
+    for title, problems in (("problem", report.problems), ("left out", report.left_out)):
+        for problem in problems[:_LISTED]:
+            place = f"{report.folder}/{problem.shard}{f' {problem.key!r}' if problem.key else ''}"
+            typer.echo(f"{title}: {place}: {problem.detail}", err=True)
+        if len(problems) > _LISTED:
+            typer.echo(f"{title}: ... {len(problems)} in all; --json lists them", err=True)
+    for note in report.notes:
+        typer.echo(f"note: {note}", err=True)
+    count = len(report.problems)
+    facts = [f"{count} problem{'' if count == 1 else 's'}" if count else "good", f": {_summary(report.manifest)}"]
+    if report.left_out:
+        facts.append(f", {len(report.left_out)} samples left out")
+    if written:
+        facts.append("; manifest written")
+    if report.manifest.samples:
+        facts.append(f"; hash {report.manifest.hash[:16]}")
+    typer.echo(f"{report.folder}: {''.join(facts)}")
 
 
 @app.command()
@@ -367,6 +394,8 @@ def _progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
 
 
 def _summary(manifest: Manifest) -> str:
+    if not manifest.samples:
+        return "no sample can be read"
     captions, width, height = (getattr(manifest.statistics, n) for n in ("caption_characters", "image_width", "image_height"))
     size = sum(shard.bytes for shard in manifest.shards)
     return (

@@ -114,7 +114,7 @@ def check_shards(
                     raise ValueError("is no file")
                 tar = _check_tar(path, embeddings, pool, workers, functools.partial(_after, done, progress))
             except ValueError as error:
-                report.problems.append(Problem(path.name, None, str(error)))
+                report.problems.append(Problem(path.name, None, str(error).removeprefix(f"{path}: ")))
                 continue
             tars.append(tar)
             done += len(tar.rows) + len(tar.broken)
@@ -138,8 +138,9 @@ def check_shards(
 def _write(folder: Path, report: CheckReport, tars: Iterable[_Tar]) -> None:
     if not report.manifest.samples:
         found = [*report.problems, *report.left_out]
-        first = f", such as {found[0].shard} {found[0].key or ''}: {found[0].detail}" if found else ""
-        raise ValueError(f"no manifest written for {folder}: it has no good sample, and {len(found)} problems{first}")
+        first = f", such as {found[0].shard}{f' {found[0].key!r}' if found[0].key else ''}: {found[0].detail}" if found else ""
+        count = f"{len(found)} problem{'' if len(found) == 1 else 's'}"
+        raise ValueError(f"no manifest written for {folder}: it has no good sample, and {count}{first}")
     for tar in tars:
         head = read_index_header(folder / tar.entry.file) or {}
         save_index(folder, tar.entry, tar.statistics, tar.rows, report.manifest.embeddings, head.get("source"))

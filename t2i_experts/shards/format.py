@@ -52,7 +52,7 @@ def parse_captions(text: bytes | None, fields: bytes | None) -> tuple[tuple[str,
         try:
             parsed = json.loads(fields.decode("utf-8-sig"), parse_float=_finite, parse_constant=_finite)
         except UnicodeDecodeError as error:
-            raise ValueError(f"its json is not UTF-8{_encoding(fields)}: {error}") from error
+            raise ValueError(f"its json is {not_utf8(error)}") from error
         except (ValueError, RecursionError) as error:  # plain ValueError: an integer of more than 4,300 digits
             raise ValueError(f"its json cannot be read: {error}") from error
         if not isinstance(parsed, dict):
@@ -67,7 +67,7 @@ def parse_captions(text: bytes | None, fields: bytes | None) -> tuple[tuple[str,
         try:
             found = [text.decode("utf-8-sig")]
         except UnicodeDecodeError as error:
-            raise ValueError(f"its txt is not UTF-8{_encoding(text)}: {error}") from error
+            raise ValueError(f"its txt is {not_utf8(error)}") from error
     elif isinstance(one, str) or one is None:
         found = [one or ""]
     else:
@@ -88,10 +88,20 @@ def _finite(number: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _encoding(data: bytes) -> str:
-    """What text that is not UTF-8 probably is, to be said in brackets."""
-    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff")) or 0 in data
-    return f" (it looks like {'UTF-16' if utf16 else 'Latin-1 or Windows-1252'})"
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """What is wrong with text that is not UTF-8, and what to do: for messages that go on after `it is`."""
+    return f"not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start:,}); {how_to_convert(error.object)}"
+
+
+def how_to_convert(data: bytes) -> str:
+    """What text that is not UTF-8 may be, and the command that converts it."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or 0 in data:
+        encoding, name = "UTF-16", "utf-16"
+    elif any(0x80 <= byte < 0xA0 for byte in data):  # control characters in Latin-1, letters and quotation marks in Windows-1252
+        encoding, name = "Windows-1252", "cp1252"
+    else:
+        encoding, name = "Latin-1", "latin1"
+    return f"it may be {encoding}: convert it with iconv -f {name} -t utf-8 OLD > NEW"
 
 
 def dump_fields(captions: Sequence[str], metadata: Mapping[str, Any]) -> bytes | None:

@@ -30,6 +30,12 @@ _BLOCK = 512
 _HEADER = "t2i-experts shard index 1"
 _MAX_READ = 2**20
 _MAX_HEADER = 2**26
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ\x00": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+}
 _READ = (*IMAGE_EXTENSIONS, "txt", "json")
 _EMBEDDING = ".npz"
 BAD_KEY = f"its key holds a zero byte or is longer than {MAX_KEY_BYTES:,} bytes"
@@ -144,7 +150,7 @@ def scan(tar: Path) -> Scan:
                 members[extension] = (member.offset_data, member.size)
         _check_end(tar, end)
     except (tarfile.TarError, ValueError, OSError, EOFError, RecursionError) as error:
-        raise ValueError(f"{tar}: cannot be read as an uncompressed tar: {error}") from error
+        raise ValueError(f"{tar}: {_compression(tar) or f'cannot be read as an uncompressed tar: {error}'}") from error
     rows = []
     while samples:  # taken apart, so that a sample is not in memory twice
         key, members = samples.popitem()
@@ -154,6 +160,19 @@ def scan(tar: Path) -> Scan:
             rows.append(sample_row(key, members))
     rows.sort(key=lambda row: row.key.encode())
     return Scan(tuple(rows), tuple(sorted(wrong.items())), unsorted)
+
+
+def _compression(tar: Path) -> str:
+    """Of a file that is no plain tar: what it is compressed with, and how to undo that; empty if it does not look compressed."""
+    try:
+        with open(tar, "rb") as file:
+            start = file.read(8)
+    except OSError:
+        return ""
+    for magic, (name, command) in _COMPRESSED.items():
+        if start.startswith(magic):
+            return f"is {name}-compressed; shards are read by offset, uncompressed: {command} < {tar} > NEW.tar"
+    return ""
 
 
 def walk(file: Source) -> Iterator[tarfile.TarInfo]:

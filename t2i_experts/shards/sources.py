@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from t2i_experts.shards.format import CAPTION_FIELDS
+from t2i_experts.shards.format import CAPTION_FIELDS, how_to_convert, not_utf8
 from t2i_experts.shards.images import SOURCE_EXTENSIONS
 
 
@@ -85,6 +85,8 @@ def folder_source(path: Path, images: Path | None, skipped: Skipped) -> Iterator
         name = file.relative_to(path).as_posix().encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         try:
             yield Record(name, file, *_sidecars(file))
+        except UnicodeDecodeError as error:
+            skipped.add(f"caption file is not UTF-8; {how_to_convert(error.object)}", name)
         except ValueError as error:
             skipped.add("caption file cannot be read", f"{name}: {error}")
 
@@ -121,9 +123,20 @@ def csv_source(path: Path, images: Path | None, skipped: Skipped) -> Iterator[Re
             except csv.Error as error:
                 raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path} is not UTF-8 (after line {reader.line_num}): {error}; save it as UTF-8") from error
+                raise ValueError(_first_not_utf8(path)) from error
 
     yield from grouped(rows(), images or path.parent)
+
+
+def _first_not_utf8(path: Path) -> str:
+    """The first line of a text file that is not UTF-8, and what to do; a decoder that reads ahead does not know the line."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"{path}, line {number}: {not_utf8(error)}"
+    return f"{path} is not UTF-8"
 
 
 def jsonl_source(path: Path, images: Path | None, skipped: Skipped) -> Iterator[Record]:
@@ -196,7 +209,7 @@ def json_object(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data.decode("utf-8-sig"), parse_constant=refuse)
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error}") from error
+        raise ValueError(not_utf8(error)) from error
     except RecursionError as error:
         raise ValueError("JSON nested too deeply") from error
     if not isinstance(value, dict):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import re
 import subprocess
 import sys
@@ -81,12 +84,44 @@ def test_a_failed_check_exits_with_1(photos: Path, tmp_path: Path, capsys: pytes
     tar = out / "00000.tar"
     tar.write_bytes(tar.read_bytes().replace(b"picture b", b"picture x"))
     code, stdout, stderr = run(capsys, "shards", "check", out)
-    assert code == 1 and "1 problems" in stdout and "problem: 00000.tar: has sha256" in stderr
+    assert code == 1 and "1 problem:" in stdout and f"problem: {out}/00000.tar: has sha256" in stderr
     code, stdout, _ = run(capsys, "shards", "check", out, "--json")
     assert code == 1 and not json.loads(stdout)["good"]
     code, stdout, _ = run(capsys, "shards", "check", out, "--write-manifest")
     assert code == 0 and "manifest written" in stdout
     assert run(capsys, "shards", "check", out)[0] == 0
+
+
+def test_several_folders_are_checked_each_by_itself(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, zipped, none = (tmp_path / name for name in ("good", "zipped", "none"))
+    run(capsys, "shards", "build", photos, "--out", good)
+    zipped.mkdir()
+    (zipped / "00000.tar").write_bytes(gzip.compress((good / "00000.tar").read_bytes()))
+
+    code, stdout, stderr = run(capsys, "shards", "check", good, zipped)
+    first, second = stdout.splitlines()
+    assert code == 1 and first.startswith(f"{good}: good: 3 samples")
+    assert second == f"{zipped}: 2 problems: no sample can be read", "no figures over nothing"
+    assert f"problem: {zipped}/00000.tar: is gzip-compressed" in stderr and f"gunzip < {zipped}/00000.tar" in stderr
+
+    code, stdout, stderr = run(capsys, "shards", "check", none, zipped, good)
+    assert code == 2 and stdout.splitlines() == [second, first] and f"error: shard folder not found: {none}" in stderr
+
+    single = json.loads(run(capsys, "shards", "check", good, "--json")[1])
+    code, stdout, _ = run(capsys, "shards", "check", good, none, "--json")
+    assert code == 2 and json.loads(stdout) == {
+        "good": False,
+        "folders": [single, {"folder": str(none), "good": False, "error": f"shard folder not found: {none}"}],
+    }
+    code, stdout, _ = run(capsys, "shards", "check", good, good, "--json")
+    assert code == 0 and json.loads(stdout) == {"good": True, "folders": [single, single]}
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_how_a_tar_is_compressed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], compress: Callable[[bytes], bytes]) -> None:
+    (tmp_path / "00000.tar").write_bytes(compress(bytes(1024)))
+    name = {"gzip": "gzip", "bz2": "bzip2", "lzma": "xz"}[compress.__module__]
+    assert f"00000.tar: is {name}-compressed; " in run(capsys, "shards", "check", tmp_path)[2]
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_errors(tmp_path: Path, make_shards: MakeShards) -> None:
     with pytest.raises(ValueError, match="not found"):
         check_shards(tmp_path / "none")
     append(tmp_path / "x.tar", ("a.png", b"broken"), ("a.txt", b"x"))
-    with pytest.raises(ValueError, match=r"no good sample, and 1 problems, such as x\.tar a"):
+    with pytest.raises(ValueError, match=r"no good sample, and 1 problem, such as x\.tar 'a': it is no picture"):
         check_shards(tmp_path, write_manifest=True)
     assert not (tmp_path / MANIFEST).exists()
     make_shards(tmp_path / "b", 2)

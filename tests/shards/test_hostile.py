@@ -164,9 +164,10 @@ def test_members_too_large_to_be_read_are_not_read(tmp_path: Path, encode: Encod
         (b'{"caption": "\\ud83d"}', "not valid Unicode"),
         (json.dumps({"captions": ["x", "y" * (MAX_CAPTION_CHARACTERS + 1)]}).encode(), r"16,385 characters; at most 16,384"),
         ('{"caption": "x"}'.encode("utf-16"), "UTF-16"),
-        (b'{"caption": "caf\xe9"}', "Latin-1 or Windows-1252"),
+        (b'{"caption": "caf\xe9"}', "Latin-1.*iconv -f latin1"),
+        (b'{"caption": "\x93cafe\x94"}', "Windows-1252.*iconv -f cp1252"),
     ],
-    ids=["deep list", "deep object", "huge integer", "surrogate", "long", "utf-16", "latin-1"],
+    ids=["deep list", "deep object", "huge integer", "surrogate", "long", "utf-16", "latin-1", "windows"],
 )
 def test_json_that_cannot_be_used(fields: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
