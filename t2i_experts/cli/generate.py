@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import sys
 import time
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from t2i_experts.config import SamplingConfig
 
 DTYPES = ("float32", "bfloat16")
+_SHOWN = 40  # characters that a warning lists
 
 
 def generate(
@@ -48,8 +50,8 @@ def generate(
 ) -> None:
     """Make pictures from a prompt."""
     texts = read_prompts(prompt, prompts, negative)
-    for name, value in (("num", num), ("batch-size", batch_size)):
-        if value < 1:
+    for name, value in (("num", num), ("batch-size", batch_size), ("size", size), ("width", width), ("height", height)):
+        if value is not None and value < 1:
             raise ValueError(f"--{name}={value} must be at least 1")
     if seed < 0:
         raise ValueError(f"--seed={seed} must not be negative")
@@ -57,21 +59,25 @@ def generate(
         raise ValueError(f"give --width and --height together, and not with --size; received {size=}, {width=}, {height=}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
+    if style is not None and not style.is_file():
+        raise ValueError(f"--style={style}: {_no_file(style)}; give a picture")
     jobs = [(text, copy) for text in texts for copy in range(num)]
     paths = picture_paths([text for text, _ in jobs], out, seed)
 
-    import torch
-
-    from t2i_experts.cascade.picture import read_image, save_png, to_pil
-    from t2i_experts.cascade.pipeline import CascadePipeline
     from t2i_experts.config import SamplingConfig, check_sampling
     from t2i_experts.registry import registry
 
-    started = time.monotonic()
     given: dict[str, Any] = {"steps": steps, "guidance": guidance, "sampler": sampler, "threshold": threshold}
     check_sampling(SamplingConfig(**{name: value for name, value in given.items() if value is not None}), "--")
     if sampler is not None:
-        registry.get("sampler", sampler)
+        registry.check("sampler", sampler)
+
+    import torch  # which takes seconds: what can be wrong without it has been checked
+
+    from t2i_experts.cascade.picture import read_image, save_png, to_pil
+    from t2i_experts.cascade.pipeline import CascadePipeline
+
+    started = time.monotonic()
     try:
         reference = None if style is None else read_image(style)
     except ValueError as error:
@@ -85,7 +91,9 @@ def generate(
         raise ValueError(f"--width={width} --height={height}; this model makes pictures of {allowed} pixels and no others")
     settings = pipeline.settings(**given)
     refuse_what_would_be_ignored(pipeline, settings, negative, style)
-    warn_of_truncation(pipeline, [*dict.fromkeys([*texts, negative])])
+    read = [*dict.fromkeys([*texts, negative])]
+    warn_of_truncation(pipeline, read)
+    warn_of_unknown_characters(pipeline, [text for text in read if text.strip()])
     make_folder(paths[0].parent)
     pictures: list[dict[str, Any]] = []
     with _progress_bar(-(-len(jobs) // batch_size) * settings.steps, disable=as_json) as bar:
@@ -129,10 +137,16 @@ def read_prompts(prompt: str | None, file: Path | None, negative: str = "") -> l
     if file is None:
         assert prompt is not None
         return [prompt]
+    if not file.exists() or file.is_dir():
+        raise ValueError(f"--prompts={file}: {_no_file(file)}; give a text file with a prompt on each line")
+    from t2i_experts.shards.format import not_utf8
+
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts={file}: cannot be read as UTF-8 text: {error}") from error
+        lines = [line.strip() for line in file.read_bytes().decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts={file}: {not_utf8(error)}") from error
+    except OSError as error:
+        raise ValueError(f"--prompts={file}: cannot be read: {error.strerror}") from error
     if not any(lines):
         raise ValueError(f"--prompts={file} holds no prompt")
     return [line for line in lines if line]
@@ -174,8 +188,15 @@ def make_folder(folder: Path) -> None:
 
 
 def slug(text: str, length: int = 48) -> str:
-    """A prompt as part of a file name: its letters and digits, joined by hyphens."""
-    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:length].strip("-") or "picture"
+    """A prompt as part of a file name: its letters with their marks and its digits, of any script, in NFC, joined by hyphens."""
+    lower = unicodedata.normalize("NFC", text.lower())
+    kept = "".join(character if unicodedata.category(character)[0] in "LMN" else " " for character in lower)
+    words = (word for word in kept.split() if any(unicodedata.category(character)[0] != "M" for character in word))
+    return "-".join(words)[:length].strip("-") or "picture"
+
+
+def _no_file(path: Path) -> str:
+    return "it is a folder, not a file" if path.is_dir() else "no such file"
 
 
 def refuse_what_would_be_ignored(pipeline: CascadePipeline, settings: SamplingConfig, negative: str, style: Path | None) -> None:
@@ -194,6 +215,25 @@ def warn_of_truncation(pipeline: CascadePipeline, texts: list[str]) -> None:
         for text, cut in zip(texts, tokens.truncated, strict=True):
             if cut is not None:
                 print(f"warning: {name} reads the prompt only up to character {cut}: ...{text[max(0, cut - 40) : cut]!r}", file=sys.stderr)
+
+
+def warn_of_unknown_characters(pipeline: CascadePipeline, texts: list[str]) -> None:
+    """Says on stderr, once for each encoder, which letters, digits and symbols its vocabulary lacks, if its tokeniser can tell."""
+    for name, tokenizer in pipeline.model.conditioner.tokenizer.tokenizers.items():
+        unknown: Callable[[str], str] | None = getattr(tokenizer, "unknown", None)  # a plugin's need not have it
+        found = {text: [c for c in unknown(text) if _is_sign(c)] for text in texts} if unknown else {}
+        lacking = "".join(dict.fromkeys(character for characters in found.values() for character in characters))
+        if not lacking:
+            continue
+        some = lacking if len(lacking) <= _SHOWN else f"{lacking[:_SHOWN]}..."
+        mute = [text for text, characters in found.items() if characters and not any(_is_sign(c) and c not in characters for c in text)]
+        others = f"; the prompt {mute[0]!r} has no others" if len(mute) == 1 else f"; {len(mute)} prompts have no others" if mute else ""
+        print(f"warning: {name}'s vocabulary lacks these characters, and it can hardly read them: {some!r}{others}", file=sys.stderr)
+
+
+def _is_sign(character: str) -> bool:
+    """Whether a character says something by itself: letters, numbers and symbols do; marks, punctuation and space do not."""
+    return unicodedata.category(character)[0] in "LNS"
 
 
 def _settings(pipeline: CascadePipeline, settings: SamplingConfig) -> dict[str, Any]:

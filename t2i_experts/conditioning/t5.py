@@ -66,6 +66,12 @@ class T5Tokenizer:
         """Tokens that a prompt has before it is cut, `</s>` included."""
         return len(self.pieces.encode(_SURROGATES.sub("\ufffd", prompt))) + 1
 
+    def unknown(self, prompt: str) -> str:
+        """The different characters of a prompt, in its order, that no piece of the vocabulary spells: they become <unk> or single bytes."""
+        ids, spans = self._encode(prompt)
+        lost = [span for i, span in zip(ids, spans, strict=True) if self.pieces.is_unknown(i) or self.pieces.is_byte(i)]
+        return "".join(dict.fromkeys("".join(prompt[start:end] for start, end in lost)))
+
     def _encode(self, prompt: str) -> tuple[list[int], list[Span]]:
         """All ids of a prompt, without `</s>`, and their spans."""
         readable = _SURROGATES.sub("\ufffd", prompt)  # half a surrogate pair has no UTF-8

@@ -90,7 +90,7 @@ def test_names_sort_as_they_were_drawn(generate: Generate) -> None:
 
 def test_json_is_one_document_and_nothing_else(generate: Generate, model_folder: Path) -> None:
     code, out, err = generate("a red cube 猫", "--num", 2, "--out", "many", "--json", "--sampler", "heun", "--seed", 3)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "warning: t5's vocabulary lacks these characters, and it can hardly read them: '猫'\n")
     document = json.loads(out)
     assert out.count("\n") == 1 and "猫" in out
     assert [picture["path"] for picture in document["pictures"]] == ["many/0-a-red-cube-猫-3.png", "many/1-a-red-cube-猫-3.png"]
@@ -233,6 +233,30 @@ def test_every_slug_is_a_file_name(tmp_path: Path) -> None:
         assert Path(name).name == name and slug(text)
 
 
+def test_a_slug_keeps_the_words_of_any_script() -> None:
+    assert slug("Un café — e\u0301te\u0301, 3 €") == "un-café-été-3"
+    assert slug("हिन्दी में") == "हिन्दी-में", "marks that cannot stand alone stay in their words"
+    assert slug("红苹果🍎") == "红苹果"
+    assert slug("🍎🍎") == slug("\u0301") == slug("") == "picture"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        (["a red cube"], None),
+        (["a “red” cube…"], None),
+        (["a 🍎 cube"], "'🍎'"),
+        (["一只猫"], "'一只猫'; the prompt '一只猫' has no others"),
+        (["猫 and 猫", "🍎!", "猫🍎", "a red cube"], "'猫🍎'; 2 prompts have no others"),
+    ],
+)
+def test_characters_that_t5_does_not_know_are_told_once(generate: Generate, tmp_path: Path, prompts: list[str], said: str | None) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    code, _, err = generate("--prompts", "prompts.txt", "--steps", 1, "--guidance", 1, "--json")
+    warnings = [] if said is None else [f"warning: t5's vocabulary lacks these characters, and it can hardly read them: {said}"]
+    assert (code, err.splitlines()) == (0, warnings)
+
+
 # Mistakes
 
 
@@ -266,7 +290,7 @@ def test_every_slug_is_a_file_name(tmp_path: Path) -> None:
         (["a", "--model", "./nowhere"], ["model='./nowhere'", "no such folder"]),
         (["a", "--model", "folder.png"], ["model='folder.png'", "holds no model_index.json"]),
         (["a", "--style", "prompts.txt"], ["--style=prompts.txt", "cannot read"]),
-        (["a", "--style", "nowhere.png"], ["--style=nowhere.png", "cannot read"]),
+        (["a", "--style", "nowhere.png"], ["--style=nowhere.png", "no such file"]),
         (["a", "--negative", "b", "--guidance", 1], ["--negative='b'", "guidance 1", "--guidance"]),
         (["\udcff"], ["PROMPT='\\udcff'", "UTF-8"]),
         (["a", "--negative", "\udcff"], ["--negative='\\udcff'", "UTF-8"]),

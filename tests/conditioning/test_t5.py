@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import pickle
 import shutil
 from contextlib import AbstractContextManager
@@ -11,6 +12,7 @@ from unicodedata import normalize
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceTrainer
 from transformers import T5EncoderModel, T5Tokenizer
 
 from t2i_experts.conditioning.t5 import T5Encoder, additive
@@ -176,3 +178,16 @@ def test_incomplete_folders_are_refused(configs: dict[str, EncoderConfig], t5_fo
         T5Encoder.load(replace(configs["t5"], model="t5"), tmp_path, "cpu")
     with pytest.raises(ValueError, match="pretrained"):
         T5Encoder.load(replace(configs["t5"], pretrained="openai"), None, "cpu")
+
+
+def test_characters_that_the_vocabulary_lacks(tokenizer: Tokenizer) -> None:
+    """The same are named whether they become single bytes or, as in T5's own vocabulary, <unk>."""
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red apple on the left of a table"] * 9), model_writer=model, vocab_size=24, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    for found in (tokenizer, Tokenizer(model.getvalue(), 16)):
+        assert found.unknown("a red apple") == found.unknown("") == found.unknown(" \n") == ""
+        assert found.unknown("猫 a 红苹果 red 🍎 猫") == "猫红苹果🍎"
+        assert found.unknown("ａ") == "", "a wide letter is the letter to T5"
