@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+import t2i_experts
 
 CLI = Callable[..., tuple[int, str, str]]
 
@@ -30,7 +36,7 @@ FILES = {
     "latin.yaml": "output: Äpfel".encode("latin-1"), "broken.yaml": b"a: [1", "list.yaml": b"[1, 2]", "empty.yaml": b"",
     "circle.yaml": b"extends: circle.yaml", "orphan.yaml": b"extends: nobody.yaml",
     "columns.csv": b"fil,caption\na,b\n", "latin.csv": b"file,caption\na,\xff\n", "scores.csv": b"file,caption,score\npictures/a.png,a,3\n",
-    "broken.jsonl": b"{\n", "broken.json": b"[]", "text.rtf": b"a",
+    "broken.jsonl": b"{\n", "broken.json": b"[]", "text.rtf": b"a", "windows.txt": "“a” cat".encode("cp1252"),
 }  # fmt: skip
 
 BROKEN_MODELS: dict[str, Callable[[Path], object]] = {
@@ -68,6 +74,11 @@ def world(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, shards: 
     (world / "pictures").mkdir()
     Image.new("RGB", (8, 8), "red").save(world / "pictures" / "a.png")
     (world / "pictures" / "a.txt").write_text("a red square")
+    for name in ("latin", "zipped"):
+        (world / name).mkdir()
+    shutil.copy(world / "pictures" / "a.png", world / "latin")
+    (world / "latin" / "a.txt").write_bytes("ein Äpfelchen".encode("latin-1"))
+    (world / "zipped" / "00000.tar").write_bytes(gzip.compress((shards / "train" / "00000.tar").read_bytes()))
     for source, broken in ((model_folder, BROKEN_MODELS), (shards / "train", BROKEN_SHARDS), (trained, BROKEN_RUNS)):
         for name, spoil in {"whole": lambda path: None, **broken}.items():
             folder = world / source.name / name
@@ -101,9 +112,11 @@ USAGE: list[tuple[list[str], list[str]]] = [
 GENERATE: list[tuple[list[str], list[str]]] = [
     ([], ["PROMPT", "--prompts", "neither"]),
     (["a", "--prompts", "blank.txt"], ["both", "PROMPT='a'"]),
-    (["--prompts", "latin.txt"], ["--prompts=latin.txt", "UTF-8"]),
+    (["--prompts", "latin.txt"], ["--prompts=latin.txt", "not UTF-8", "Latin-1", "iconv -f latin1 -t utf-8"]),
+    (["--prompts", "windows.txt"], ["--prompts=windows.txt", "Windows-1252", "iconv -f cp1252 -t utf-8"]),
     (["--prompts", "blank.txt"], ["--prompts=blank.txt", "no prompt"]),
-    (["--prompts", "nowhere.txt"], ["--prompts=nowhere.txt", "No such file"]),
+    (["--prompts", "nowhere.txt"], ["--prompts=nowhere.txt", "no such file", "a prompt on each line"]),
+    (["--prompts", "pictures"], ["--prompts=pictures", "a folder", "a prompt on each line"]),
     (["a", "--steps", "-3"], ["--steps=-3", "at least 1"]),
     (["a", "--num", "0"], ["--num=0", "at least 1"]),
     (["a", "--seed", "-1"], ["--seed=-1", "negative"]),
@@ -112,7 +125,9 @@ GENERATE: list[tuple[list[str], list[str]]] = [
     (["a", "--dtype", "half"], ["--dtype='half'", "float32, bfloat16"]),
     (["a", "--device", "gpu"], ["device='gpu'", "cpu"]),
     (["a", "--size", "512"], ["--size=512", "16 px"]),
+    (["a", "--size", "0"], ["--size=0", "at least 1"]),
     (["a", "--style", "log.txt"], ["--style=log.txt", "cannot read"]),
+    (["a", "--style", "nowhere.png"], ["--style=nowhere.png", "no such file"]),
     (["a", "--out", "x.jpg"], ["--out=x.jpg", "PNG"]),
     (["a", "--out", "log.txt"], ["--out=log.txt", "is a file"]),
     (["a", "--out", "/proc/new/x.png"], ["--out", "/proc/new", "cannot be made"]),
@@ -134,7 +149,9 @@ TRAIN: list[tuple[list[str], list[str]]] = [
     (["broken.yaml"], ["broken.yaml", "not valid YAML", "line"]),
     (["latin.yaml"], ["latin.yaml", "utf-8"]),
     (["list.yaml"], ["list.yaml", "keys and values"]),
-    (["empty.yaml"], ["empty.yaml", "output"]),
+    (["empty.yaml"], ["empty.yaml is empty", "data, output, stage, training", "extends: tiny/base64"]),
+    (["pictures"], ["CONFIG='pictures' is a folder", "no YAML file", "config list"]),
+    (["."], ["CONFIG='.' is a folder", "broken.yaml", "config list"]),
     (["circle.yaml"], ["circle", "circle.yaml"]),
     (["orphan.yaml"], ["nobody.yaml", "extended by", "orphan.yaml"]),
     (["run.yaml", "training"], ["'training'", "key=value"]),
@@ -159,8 +176,8 @@ BEGIN: list[tuple[list[str], list[str]]] = [
     (["run.yaml", "output=log.txt"], ["output='log.txt'", "File exists"]),
     (["run.yaml", "output=/proc/x/y"], ["output='/proc/x/y'", "cannot be used"]),
     (["run.yaml", "training.device=tpu"], ["training.device='tpu'", "cpu"]),
-    (["run.yaml", "sampling.sampler=eular"], ["'eular'", "'euler'"]),
-    (["run.yaml", "stage.encoders.t5.kind=t6"], ["encoders.t5", "'t6'", "clip_image, clip_text, t5"]),
+    (["run.yaml", "sampling.sampler=eular"], ["sampling.sampler: unknown sampler 'eular'", "'euler'"]),
+    (["run.yaml", "stage.encoders.t5.kind=t6"], ["stage.encoders.t5.kind: ", "'t6'", "clip_image, clip_text, t5"]),
     (["run.yaml", "data.train=[nowhere]"], ["nowhere", "not found"]),
     (["run.yaml", "data.train=[pictures]"], ["pictures", "shards build"]),
     (["run.yaml", "data.train=[train/lost]"], ["train/lost/00000.tar is missing", "shards check"]),
@@ -176,6 +193,8 @@ OTHERS: list[tuple[list[str], list[str]]] = [
     (["report", "nowhere"], ["RUN='nowhere'", "log.jsonl"]),
     (["report", "run/silent"], ["run/silent/log.jsonl", "tells nothing"]),
     (["report", "run/whole", "--out", "log.txt"], ["--out 'log.txt'", "folder"]),
+    (["ema", "nowhere", "--sigma-rel", "0.1", "--out", "x"], ["RUN='nowhere' is not there", "the output folder of a training run"]),
+    (["ema", "log.txt", "--sigma-rel", "0.1", "--out", "x"], ["RUN='log.txt' is a file", "the output folder of a training run"]),
     (["ema", "empty", "--sigma-rel", "0.1", "--out", "x"], ["empty holds no snapshots", "snapshot_every_images"]),
     (["ema", "run/whole", "--sigma-rel", "0.4", "--out", "x"], ["sigma_rel=0.4", "below 0.2887"]),
     (["ema", "run/whole", "--sigma-rel", "0.1", "--out", "x", "--images", "17"], ["17", "16, 32, 48, 64"]),
@@ -196,7 +215,9 @@ BUILD: list[tuple[list[str], list[str]]] = [
     (["text.rtf"], ["'.rtf'", ".csv, .tsv"]),
     (["empty"], ["nothing to build from empty"]),
     (["columns.csv"], ["columns.csv, line 1", "file missing", "fil, caption"]),
-    (["latin.csv"], ["latin.csv is not UTF-8"]),
+    (["latin.csv"], ["latin.csv, line 2: not UTF-8", "Latin-1", "iconv -f latin1 -t utf-8"]),
+    (["latin"], ["nothing to build from latin", "caption file is not UTF-8", "iconv -f latin1 -t utf-8", "1 (a.png)"]),
+    (["zipped"], ["nothing to build from zipped", "gzip", "gunzip"]),
     (["broken.jsonl"], ["broken.jsonl, line 1"]),
     (["broken.json"], ["broken.json", "JSON object"]),
     (["pictures", "--kind", "cvs"], ["'cvs'", "did you mean 'csv'?", "coco, csv"]),
@@ -218,6 +239,10 @@ SHARDS: list[tuple[list[str], list[str]]] = [
     (["check", "nowhere"], ["not found: nowhere"]),
     (["check", "pictures"], ["pictures holds no tars"]),
     (["check", "train/damaged"], ["train/damaged/manifest.json", "damaged"]),
+    (
+        ["check", "zipped", "--write-manifest"],
+        ["no manifest written for zipped", "00000.tar: is gzip-compressed", "gunzip < zipped/00000.tar"],
+    ),
     (["check", "train/whole", "--workers", "0"], ["--workers=0", "at least 1"]),
     (["show", "pictures"], ["pictures", "shards build"]),
     (["show", "train/whole", "40"], ["INDEX=40", "[0, 40)"]),
@@ -241,6 +266,13 @@ MISTAKES = [
 ]
 
 
+EARLY = {
+    "nowhere.txt", "latin.txt", "-3", "0", "-1", "nan", "eular", "half", "nowhere.png", "x.jpg", "nowhere.yaml", "sampling.sampler=eular",
+    "stage.encoders.t5.kind=t6",
+}  # fmt: skip
+"""Arguments of generate and train that are seen to be wrong before seconds are spent on importing torch."""
+
+
 def _names(mistake: tuple[list[str], list[str]]) -> str:
     return " ".join(mistake[0])
 
@@ -253,16 +285,17 @@ def content(world: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[s
 
 
 @pytest.mark.parametrize("mistake", USAGE, ids=_names)
-def test_what_is_no_command_shows_the_usage_and_what_was_wrong(
+def test_what_is_no_command_says_what_was_wrong_and_where_the_help_is(
     cli: CLI, content: Callable[[], dict[str, int]], mistake: tuple[list[str], list[str]]
 ) -> None:
     argv, said = mistake
     before = content()
     code, out, err = cli(*argv)
     assert (code, out) == (2, "")
-    assert "Traceback" not in err and (err.startswith("Usage: t2i-experts ") or len(err.splitlines()) == 1)
-    message = err.splitlines()[-1]
-    assert message.startswith("Error: ") and all(part in message for part in said), message
+    message, help = err.splitlines()
+    assert message.startswith("error: ") and all(part in message for part in said), message
+    see, program, *command, option = help.split()
+    assert (see, program, option) == ("see", "t2i-experts", "--help") and command == argv[: len(command)]
     assert content() == before
 
 
@@ -283,6 +316,25 @@ def test_a_mistake_is_one_message_that_names_it_and_nothing_is_written(
     code, out, err = cli("--debug", *argv)
     assert (code, out) == (2, "")
     assert "Traceback (most recent call last)" in err and err.endswith(message)
+
+
+def test_a_wrong_name_or_number_costs_no_import_of_torch(world: Path) -> None:
+    """One process tells all of them, which cannot import it."""
+    early = [(argv, said) for argv, said in MISTAKES if argv[0] in ("generate", "train") and set(argv) & EARLY]
+    assert set().union(*(argv for argv, _ in early)) >= EARLY
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from t2i_experts.cli.app import main\n"
+        f"for argv in {[argv for argv, _ in early]!r}:\n"
+        "    try: main(argv)\n"
+        "    except SystemExit as exit: print(exit.code, file=sys.stderr)\n"
+    )
+    path = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(t2i_experts.__file__).parents[1])}
+    run = subprocess.run([sys.executable, "-c", code], cwd=world, env=path, capture_output=True, text=True, check=True)
+    said = run.stderr.splitlines()
+    assert said[1::2] == ["2"] * len(early)
+    for message, (_, parts) in zip(said[::2], early, strict=True):
+        assert all(part in message for part in parts), message
 
 
 def test_variables_of_the_environment(cli: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
