@@ -59,8 +59,8 @@ def generate(
         raise ValueError(f"give --width and --height together, and not with --size; received {size=}, {width=}, {height=}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
-    if style is not None and not style.is_file():
-        raise ValueError(f"--style={style}: {_no_file(style)}; give a picture")
+    if style is not None:
+        _refuse_no_file("--style", style, "a picture")
     jobs = [(text, copy) for text in texts for copy in range(num)]
     paths = picture_paths([text for text, _ in jobs], out, seed)
 
@@ -137,8 +137,7 @@ def read_prompts(prompt: str | None, file: Path | None, negative: str = "") -> l
     if file is None:
         assert prompt is not None
         return [prompt]
-    if not file.exists() or file.is_dir():
-        raise ValueError(f"--prompts={file}: {_no_file(file)}; give a text file with a prompt on each line")
+    _refuse_no_file("--prompts", file, "a text file with a prompt on each line")
     from t2i_experts.shards.format import not_utf8
 
     try:
@@ -195,8 +194,10 @@ def slug(text: str, length: int = 48) -> str:
     return "-".join(words)[:length].strip("-") or "picture"
 
 
-def _no_file(path: Path) -> str:
-    return "it is a folder, not a file" if path.is_dir() else "no such file"
+def _refuse_no_file(option: str, path: Path, wanted: str) -> None:
+    """Raises ValueError for a path that is not there, or a folder."""
+    if not path.exists() or path.is_dir():
+        raise ValueError(f"{option}={path}: {'it is a folder, not a file' if path.is_dir() else 'no such file'}; give {wanted}")
 
 
 def refuse_what_would_be_ignored(pipeline: CascadePipeline, settings: SamplingConfig, negative: str, style: Path | None) -> None:

@@ -26,7 +26,10 @@ TextInput = Tokens | FeatureBatch
 
 
 class Tokenizer(Protocol):
-    """The part of a text encoder that runs beside the data loader: picklable, without weights."""
+    """The part of a text encoder that runs beside the data loader: picklable, without weights.
+
+    One that can tell has `unknown(prompt) -> str` too, the characters of a prompt that its vocabulary lacks: `generate` warns of them.
+    """
 
     max_tokens: int
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +98,7 @@ def how_to_convert(data: bytes) -> str:
     """What text that is not UTF-8 may be, and the command that converts it."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or 0 in data:
         encoding, name = "UTF-16", "utf-16"
-    elif any(0x80 <= byte < 0xA0 for byte in data):  # control characters in Latin-1, letters and quotation marks in Windows-1252
+    elif re.search(rb"[\x80-\x9f]", data):  # control characters in Latin-1, letters and quotation marks in Windows-1252
         encoding, name = "Windows-1252", "cp1252"
     else:
         encoding, name = "Latin-1", "latin1"
