@@ -38,7 +38,8 @@ def build(
         int | None, typer.Option(help="Shrink larger images to this shorter side, in pixels, with the Lanczos filter, antialiased.")
     ] = None,
     where: Annotated[
-        str | None, typer.Option(metavar="CONDITION", help="Keep what fulfils it: \"similarity > 0.28 and license in ('cc0', 'cc-by')\".")
+        str | None,
+        typer.Option("--where", metavar="CONDITION", help="Keep what fulfils it: \"similarity > 0.28 and license in ('cc0', 'cc-by')\"."),
     ] = None,
     samples_per_shard: Annotated[int, typer.Option(help="Samples in one tar.")] = 8192,
     kind: Annotated[
@@ -276,6 +277,7 @@ def stats(
     config: Annotated[
         str | None,
         typer.Option(
+            "--config",
             metavar="CONFIG",
             help="A training config: count its text encoders' tokens, and compare its sigma_data.",
             autocompletion=complete_config,

@@ -26,7 +26,10 @@ def embed(
     ] = None,
     *,
     config: Annotated[
-        str, typer.Option(metavar="CONFIG", help="The training config whose text encoders are to run.", autocompletion=complete_config)
+        str,
+        typer.Option(
+            "--config", metavar="CONFIG", help="The training config whose text encoders are to run.", autocompletion=complete_config
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the new shards: new, empty, or with the same work unfinished.")],
     batch_size: Annotated[int, typer.Option(help="Captions that an encoder gets at once.")] = 64,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import typer
 
 import t2i_experts
+from t2i_experts import cli
 from t2i_experts.cli.app import LazyCommand, main
 from t2i_experts.training.divergence import TrainingDiverged
 
@@ -205,3 +207,11 @@ def test_a_reader_that_goes_away_is_no_error_to_report(lines: int) -> None:
         telling.stdin.close()  # only now does it begin to print
         assert telling.stderr.read() == ""
         assert telling.wait(timeout=30) in (0, 1)
+
+
+def test_an_option_with_a_metavar_says_its_own_name() -> None:
+    """Typer 0.27 would make the metavar its name: `--CONFIG`."""
+    for file in Path(cli.__file__).parent.glob("*.py"):
+        for call in ast.walk(ast.parse(file.read_text())):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "typer.Option" and "metavar" in {k.arg for k in call.keywords}:
+                assert call.args, f"{file.name}:{call.lineno}"
