@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from t2i_experts.cli.environment import free_disk, main_memory
 from t2i_experts.cli.findings import Finding, size
@@ -198,22 +197,11 @@ def _speeds(config: RunConfig, measured: MeasuredStep | None) -> list[tuple[str,
     """What takes images, and how many a second and process: what was measured now, or else what the run's log says of its last steps."""
     if measured is not None:
         return [("the network", measured.images_per_second)]
-    log = Path(config.output) / "log.jsonl"
-    if not log.is_file():
-        return []
-    events = [_event(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    processes = [int(event["processes"]) for event in events if event.get("event") == "start"]
-    steps = [event for event in events if event.get("event") == "train"]
-    if not steps or not processes:
+    from t2i_experts.training.history import History, read_events
+
+    history = History(read_events(Path(config.output) / "log.jsonl"))
+    starts, steps = history.of("start"), history.of("train")
+    if not starts or not steps:
         return []
     busy = max(1 - float(steps[-1]["data_wait"]), 1e-3)
-    return [(f"the run in {config.output}", float(steps[-1]["images_per_second"]) / busy / processes[-1])]
-
-
-def _event(line: str) -> dict[str, Any]:
-    """A line of a log; nothing for one that a kill cut short."""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return {}
-    return event if isinstance(event, dict) else {}
+    return [(f"the run in {config.output}", float(steps[-1]["images_per_second"]) / busy / int(starts[-1]["processes"]))]

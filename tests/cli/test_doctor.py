@@ -80,8 +80,8 @@ def test_memory_and_disk_that_do_not_suffice(doctor: Doctor, write_config: Write
 def test_the_speed_of_an_earlier_run_is_compared_with_the_loaders(doctor: Doctor, write_config: WriteConfig, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     events: list[dict[str, Any]] = [
-        {"event": "start", "processes": 2},
-        {"event": "train", "images_per_second": 8e9, "data_wait": 0.5},
+        {"event": "start", "images_seen": 0, "time": 0, "processes": 2},
+        {"event": "train", "images_seen": 8, "time": 1, "images_per_second": 8e9, "data_wait": 0.5},
     ]
     (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "tra')
     code, out, _ = doctor(write_config("run"), "--json")
