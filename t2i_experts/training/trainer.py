@@ -128,7 +128,8 @@ class Trainer:
             (self.root / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
             drop_later_snapshots(self.root, self.state.images_seen)
             if self.resumed_from is not None:
-                self._save_models(self.resumed_from)  # a kill may have come between the checkpoint and its model folder
+                # a kill may have come between the checkpoint and its model folder
+                self._save_models(best=self.resumed_from == best_checkpoint(self.root))
         self.log.event(
             "start", self.state.images_seen, processes=self.world_size, **machine(self.device), **self.sizes(), **self._bucket_samples()
         )
@@ -356,7 +357,9 @@ class Trainer:
         self.unreadable.tell(self.state.images_seen)  # what a checkpoint has passed is never drawn again, and must be in the log
         if self.accelerator.is_main_process:
             self.state.watch = self._watch.state
-            self._save_models(self.state.save(self.root, self.config.training.keep_checkpoints, self._validation(validation_loss)))
+            validation = self._validation(validation_loss)
+            _, best = self.state.save(self.root, self.config.training.keep_checkpoints, validation)
+            self._save_models(best=best)
             self.log.report()
         self.accelerator.wait_for_everyone()
 
@@ -367,10 +370,10 @@ class Trainer:
         settings = self.config.training.validation
         return Validation(loss, f"{self.validation.dataset_hash}/{settings.images}/{settings.bins}")
 
-    def _save_models(self, checkpoint: Path) -> None:
-        """The EMA weights of this checkpoint, in which the run stands, as RUN/model, and as RUN/best if none was better in validation."""
+    def _save_models(self, *, best: bool) -> None:
+        """The EMA weights of the checkpoint in which the run stands as RUN/model, and as RUN/best if none was better in validation."""
         self._save_model("model")
-        if checkpoint == best_checkpoint(self.root):
+        if best:
             self._save_model("best")
 
     def _save_model(self, name: str) -> None:
