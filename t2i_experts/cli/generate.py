@@ -62,8 +62,10 @@ def generate(
 
     import torch
 
+    from t2i_experts.cascade.model_folder import find_model, read_configs
     from t2i_experts.cascade.picture import read_image, save_png, to_pil
     from t2i_experts.cascade.pipeline import CascadePipeline
+    from t2i_experts.cascade.stage import check_shape
     from t2i_experts.config import SamplingConfig, check_sampling
     from t2i_experts.registry import registry
 
@@ -76,13 +78,11 @@ def generate(
         reference = None if style is None else read_image(style)
     except ValueError as error:
         raise ValueError(f"--style={style}: {error}") from error
+    shape = (size, size) if size is not None else None if width is None or height is None else (width, height)
+    if shape is not None:  # before the weights are read
+        received = f"--size={size}" if size is not None else f"--width={width} --height={height}"
+        check_shape(read_configs(find_model(model))[0], shape, received)
     pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
-    if size is not None and size not in pipeline.sizes:
-        raise ValueError(f"--size={size}; this model makes pictures of {', '.join(map(str, pipeline.sizes))} px and no others")
-    shape = None if width is None or height is None else (width, height)
-    if shape is not None and shape not in pipeline.base.shapes:
-        allowed = ", ".join(f"{width}x{height}" for width, height in pipeline.base.shapes)
-        raise ValueError(f"--width={width} --height={height}; this model makes pictures of {allowed} pixels and no others")
     settings = pipeline.settings(**given)
     refuse_what_would_be_ignored(pipeline, settings, negative, style)
     warn_of_truncation(pipeline, [*dict.fromkeys([*texts, negative])])
