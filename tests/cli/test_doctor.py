@@ -107,11 +107,20 @@ def test_wrong_input(doctor: Doctor, arguments: list[str], said: str) -> None:
     assert said in err
 
 
-def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkouts_packages_are_those_of_its_pyproject(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the metadata of an older editable installation says, or if there is none."""
+    monkeypatch.setattr(metadata, "requires", lambda name: ["torch>=2.0"])
+    rows = {row.name: row for row in packages()}
+    assert {"torch", "pyarrow", "resvg-py", "wandb"} <= rows.keys() and "pytest" not in rows
+    assert "(>=18; optional: shards build from Parquet tables)" in rows["pyarrow"].text
+
+
+def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("t2i_experts.cli.environment.PYPROJECT", tmp_path / "none")
     requirements = [
         "torch>=99.1",
         "nonesuch-package>=1.2",
-        "numpy>=1.0.0",
+        "numpy<99,>=1.0.0",
         "other-thing>=3; extra == 'track'",
         "pytest>=999; extra == 'test'",
     ]
@@ -125,7 +134,8 @@ def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> No
     assert 'optional: training.trackers): pip install "other-thing>=3"' in rows["other-thing"].text
 
 
-def test_old_packages_end_the_examination(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_packages_end_the_examination(doctor: Doctor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("t2i_experts.cli.environment.PYPROJECT", tmp_path / "none")
     monkeypatch.setattr(metadata, "requires", lambda name: ["torch>=99.1"])
     code, out, _ = doctor("--json")
     assert code == 1
