@@ -60,19 +60,19 @@ def shards(config: RunConfig) -> list[Finding]:
     from t2i_experts.shards.reader import ShardReader
     from t2i_experts.training.embeddings import stored_embeddings
 
-    folders = [("train", folder) for folder in config.data.train]
-    folders += [("validation", config.data.validation)] if config.data.validation else []
+    folders = [("train", f"train {i}" if i > 1 else "train", folder) for i, folder in enumerate(config.data.train, start=1)]
+    folders += [("validation", "validation", config.data.validation)] if config.data.validation else []
     rows = []
-    for use, folder in folders:
+    for use, name, folder in folders:
         if is_url(folder):
-            rows.append(Finding(use, f"{folder}: read as a stream", {"url": folder}))
+            rows.append(Finding(name, f"{folder}: read as a stream", {"url": folder}))
             continue
         try:
             samples = ShardReader([folder], size=config.stage.size, seed=0, embeddings=stored_embeddings(config)).samples
-            rows.append(Finding(use, f"{samples:,} samples in {folder}", {"folder": folder, "samples": samples}))
+            rows.append(Finding(name, f"{samples:,} samples in {folder}", {"folder": folder, "samples": samples}))
         except (ValueError, OSError) as error:
             remedy = f"t2i-experts shards build SOURCE --out {folder}, or name another folder in data.{use}"
-            rows.append(Finding(use, f"{folder}: not to be read", {"folder": folder, "samples": None}, f"data.{use}: {error}; {remedy}"))
+            rows.append(Finding(name, f"{folder}: not to be read", {"folder": folder, "samples": None}, f"data.{use}: {error}; {remedy}"))
     return rows
 
 
@@ -120,9 +120,10 @@ def memory_rows(config: RunConfig, memory: TrainingMemory, sampling: SamplingMem
     rows.append(Finding("activations", activations, {"bytes": memory.activations, "compiled": memory.compiled}, note=note))
     if config.training.compile and device == "the CPU" and config.training.device is None:
         rows.append(Finding("device", device, device, note="no GPU is here: this config would train on the CPU"))
-    rows.append(Finding("training", f"{size(memory.total)} estimated; {device} has {size(capacity)}", memory.total))
-    if memory.total > capacity:
-        rows[-1] = Finding("training", rows[-1].text, memory.total, _too_much(memory, device, capacity))
+    needed = f"{size(memory.total)} estimated; {device} has {size(capacity)}"
+    problem = _too_much(memory, device, capacity) if memory.total > capacity else ""
+    bound = config.training.compile and not memory.compiled  # an upper one: it may fit all the same
+    rows.append(Finding("training", needed, memory.total, problem="" if bound else problem, note=problem if bound else ""))
     text = f"{size(sampling.total)} estimated for {sampling.images} pictures at a time in {sampling.dtype}"
     rows.append(Finding("sampling", text, asdict(sampling) | {"total": sampling.total}))
     return rows
@@ -163,7 +164,9 @@ def _too_much(memory: TrainingMemory, device: str, capacity: int) -> str:
 def measured_rows(memory: TrainingMemory, measured: MeasuredStep) -> list[Finding]:
     """Estimated beside measured memory, and the speed of the network alone."""
     rows = [Finding("device", measured.device, measured.device)]
-    if measured.peak is not None:
+    if measured.peak is None:
+        rows.append(Finding("peak memory", f"not measured: torch does not tell it on {measured.device}"))
+    else:
         ratio = memory.total / measured.peak
         text = f"{size(measured.peak)} measured, {size(memory.total)} estimated: {ratio:.3f} of it"
         value = {"measured": measured.peak, "estimated": memory.total, "ratio": round(ratio, 4)}
