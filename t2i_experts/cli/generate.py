@@ -62,10 +62,8 @@ def generate(
 
     import torch
 
-    from t2i_experts.cascade.model_folder import find_model, read_configs
     from t2i_experts.cascade.picture import read_image, save_png, to_pil
     from t2i_experts.cascade.pipeline import CascadePipeline
-    from t2i_experts.cascade.stage import check_shape
     from t2i_experts.config import SamplingConfig, check_sampling
     from t2i_experts.registry import registry
 
@@ -78,10 +76,7 @@ def generate(
         reference = None if style is None else read_image(style)
     except ValueError as error:
         raise ValueError(f"--style={style}: {error}") from error
-    shape = (size, size) if size is not None else None if width is None or height is None else (width, height)
-    if shape is not None:  # before the weights are read
-        received = f"--size={size}" if size is not None else f"--width={width} --height={height}"
-        check_shape(read_configs(find_model(model))[0], shape, received)
+    shape = picture_shape(model, size, width, height)
     pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
     settings = pipeline.settings(**given)
     refuse_what_would_be_ignored(pipeline, settings, negative, style)
@@ -176,6 +171,22 @@ def make_folder(folder: Path) -> None:
 def slug(text: str, length: int = 48) -> str:
     """A prompt as part of a file name: its letters and digits, joined by hyphens."""
     return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:length].strip("-") or "picture"
+
+
+def picture_shape(model: str | None, size: int | None, width: int | None, height: int | None) -> tuple[int, int] | None:
+    """(width, height) of the pictures; None, as the model has it, if none is given. Raises ValueError if the model has no such pictures,
+    before its weights are read."""
+    from t2i_experts.cascade.model_folder import find_model, read_configs
+    from t2i_experts.cascade.stage import check_shape
+
+    if size is not None:
+        shape, received = (size, size), f"--size={size}"
+    elif width is not None and height is not None:
+        shape, received = (width, height), f"--width={width} --height={height}"
+    else:
+        return None
+    check_shape(read_configs(find_model(model))[0], shape, received)
+    return shape
 
 
 def refuse_what_would_be_ignored(pipeline: CascadePipeline, settings: SamplingConfig, negative: str, style: Path | None) -> None:
