@@ -7,12 +7,12 @@ python scripts/contact_sheet.py pictures/eval sheet.png
 from __future__ import annotations
 
 import argparse
-import textwrap
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from t2i_experts.cascade.picture import read_metadata
+from t2i_experts.charts import draw_captioned
 
 
 def main() -> None:
@@ -26,17 +26,11 @@ def main() -> None:
     paths = sorted(arguments.pictures.glob("*.png"))
     if not paths:
         raise SystemExit(f"error: no PNG files in {arguments.pictures}")
-    side, caption = arguments.side, 48
-    rows = -(-len(paths) // arguments.columns)
-    sheet = Image.new("RGB", (arguments.columns * (side + 8), rows * (side + caption)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for i, path in enumerate(paths):
-        left, top = i % arguments.columns * (side + 8), i // arguments.columns * (side + caption)
+    pictures = []
+    for path in paths:
         with Image.open(path) as image:
-            sheet.paste(image.convert("RGB").resize((side, side), Image.Resampling.NEAREST), (left, top))
-        prompt = (read_metadata(path) or {}).get("prompt", path.stem)
-        draw.multiline_text((left + 2, top + side + 2), textwrap.fill(prompt, 28), fill="black", font=font, spacing=1)
-    sheet.save(arguments.sheet)
+            pictures.append((image.convert("RGB"), (read_metadata(path) or {}).get("prompt", path.stem)))
+    draw_captioned(pictures, arguments.columns, arguments.side, lines=3).save(arguments.sheet)
 
 
 if __name__ == "__main__":

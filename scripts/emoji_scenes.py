@@ -21,8 +21,9 @@ from pathlib import Path
 from emoji_art import Art, open_checkouts, open_folder
 from emoji_composer import SPLITS, Composer
 from emoji_drawing import EXTENSIONS, Scene
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from t2i_experts.charts import draw_captioned
 from t2i_experts.shards.writer import ShardWriter, write_manifest
 
 _CACHED_UP_TO = 256  # larger rasters would fill gigabytes; each process then renders what it draws
@@ -46,17 +47,8 @@ def write_scenes(
 
 def sheet(scenes: Sequence[Scene], columns: int = 6) -> Image.Image:
     """A picture of the scenes with their captions below them."""
-    side = max(128, scenes[0].image.shape[0])
-    cell, below, font = side + 72, 76, ImageFont.load_default(10)
-    image = Image.new("RGB", (columns * cell, -(-len(scenes) // columns) * (side + below)), "white")
-    pen = ImageDraw.Draw(image)
-    for number, scene in enumerate(scenes):
-        x, y = number % columns * cell, number // columns * (side + below)
-        image.paste(Image.fromarray(scene.image).resize((side, side), Image.Resampling.NEAREST), (x + 36, y))
-        pen.rectangle((x + 35, y, x + 36 + side, y + side), outline="#dddddd")
-        lines = [line for text in scene.captions for line in _wrapped("- " + text, (cell - 8) // 5)]
-        pen.multiline_text((x + 4, y + side + 2), "\n".join(lines[:6]), fill="black", font=font, spacing=1)
-    return image
+    pictures = [(Image.fromarray(scene.image), "\n".join(f"- {caption}" for caption in scene.captions)) for scene in scenes]
+    return draw_captioned(pictures, columns, side=max(192, scenes[0].image.shape[0]), lines=6)
 
 
 def _write_shard(composer: Composer, folder: Path, number: int, start: int, stop: int, extension: str) -> None:
@@ -64,16 +56,6 @@ def _write_shard(composer: Composer, folder: Path, number: int, start: int, stop
         for index in range(start, stop):
             scene = composer.compose(index)
             writer.write(f"{index:08d}", scene.encode(extension), extension, scene.captions, scene.metadata())
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    lines, line = [], ""
-    for word in text.split():
-        if len(line) + len(word) >= width:
-            lines.append(line)
-            line = " "
-        line += (" " if line.strip() else "") + word
-    return [*lines, line]
 
 
 def _open(args: argparse.Namespace) -> Art:

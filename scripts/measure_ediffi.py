@@ -27,6 +27,7 @@ from t2i_experts.config import StageConfig, load_config
 from t2i_experts.shards.reader import Sample
 from t2i_experts.training.ema import EMA
 from t2i_experts.training.optim import build_optimizer
+from t2i_experts.training.step import add_gradients, apply_gradients, avoid_cudnn_attention
 from t2i_experts.training.task import DiffusionTask
 
 XXL = {
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     config, device = load_config(arguments.config), torch.device("cuda")
+    avoid_cudnn_attention()
     conditioner = random_conditioner(config.stage, arguments.spiece, device)
     encoders_gib = torch.cuda.memory_allocated() / 2**30
     with torch.device(device):
@@ -79,12 +81,10 @@ def main() -> None:
     batch = task.collate()([Sample(i, str(i), image, PROMPT, {}) for i, image in enumerate(images)])
 
     def train_step() -> float:
-        loss = task.losses(network, batch).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        losses = add_gradients(task, network, batch)
+        apply_gradients(network, optimizer, config.training.optimizer.clip_norm)
         ema.update(network, arguments.batch_size, arguments.batch_size)
-        return float(loss.detach())
+        return float(losses.mean())
 
     first_loss = train_step()
     results = {"training, eager": _timed(train_step, arguments.repeats)}

@@ -1,4 +1,4 @@
-"""Line charts and grids of pictures, drawn with Pillow alone: enough for the curves of a run and of a sweep.
+"""Line charts and pictures with words beside them, drawn with Pillow alone: enough for the curves of a run and of a sweep.
 
 Lines are drawn at three times the size and reduced, which smooths them; text comes on top, in the font that Pillow brings.
 """
@@ -141,6 +141,25 @@ def draw_grid(
     return grid
 
 
+def draw_captioned(pictures: Sequence[tuple[Image.Image, str]], columns: int, side: int = 192, lines: int = 4) -> Image.Image:
+    """Pictures of any size, each scaled to a square of `side` pixels, row by row, with at most `lines` lines of its caption below it.
+
+    Small pictures show their pixels. The font has Latin letters; others are boxes.
+    """
+    gap, line_height, font = 8, 16, _font(13)
+    cell, row_height = side + gap, side + lines * line_height + gap
+    sheet = Image.new("RGB", (min(columns, len(pictures)) * cell - gap, -(-len(pictures) // columns) * row_height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (picture, caption) in enumerate(pictures):
+        x, y = i % columns * cell, i // columns * row_height
+        filtering = Image.Resampling.NEAREST if max(picture.size) <= side else Image.Resampling.LANCZOS
+        sheet.paste(picture.convert("RGB").resize((side, side), filtering), (x, y))
+        wrapped = [line for paragraph in caption.splitlines() for line in _wrapped(paragraph, side, lines)]
+        for j, line in enumerate(wrapped[:lines]):
+            pen.text((x, y + side + 2 + j * line_height), line, INK, font)
+    return sheet
+
+
 def palette(count: int) -> list[str]:
     """`count` colours in an order that one sees, from dark violet to yellow."""
     colours = []
@@ -228,7 +247,7 @@ def _legend_rows(chart: Chart, width: int) -> Iterator[list[tuple[int, str, str,
 def _wrapped(text: str, width: int, lines: int) -> list[str]:
     """The text in at most `lines` lines of at most `width` pixels, cut with an ellipsis; a word that is too long is cut too."""
     wrapped = [""]
-    for word in text.split():
+    for word in text[: lines * width].split():  # more cannot fit
         longer = f"{wrapped[-1]} {word}".strip()
         if _font(13).getlength(longer) <= width or not wrapped[-1]:
             wrapped[-1] = longer

@@ -151,10 +151,6 @@ class Conditioning:
         """A batch of one row repeated `batch` times, without copying."""
         return self.map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
-        """Moved to `device`; floating-point tensors cast to `dtype` if one is given."""
-        return self.map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
-
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """The rows of all parts, in order; shorter token sequences are padded with masked zeros. `projected` must be empty.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_experts.charts import Chart, Marks, Series, compact, draw_chart, draw_grid, linear_ticks, log_ticks, palette
+from t2i_experts.charts import Chart, Marks, Series, compact, draw_captioned, draw_chart, draw_grid, linear_ticks, log_ticks, palette
 
 RED, PINK, BLUE = "#ff0000", "#ff00ff", "#0000ff"
 
@@ -96,6 +96,20 @@ def test_a_single_point_is_a_dot(y: float, log: bool) -> None:
 def test_colours_differ() -> None:
     for count in (1, 2, 8, 20):
         assert len(set(palette(count))) == count
+
+
+def test_captioned_pictures_stand_in_rows_above_their_words() -> None:
+    colours = [f"#{10 * i:02x}00c8" for i in range(5)]
+    captions = ["one", "two words\nand a line", "x" * 100_000, "word " * 500, ""]
+    sheet = draw_captioned([(Image.new("RGB", (7, 5 + i), c), t) for i, (c, t) in enumerate(zip(colours, captions, strict=True))], 3, 40, 2)
+    assert sheet.size == (3 * 48 - 8, 2 * (40 + 2 * 16 + 8))
+    for i, colour in enumerate(colours):
+        top, left = i // 3 * 80, i % 3 * 48
+        assert where(sheet, colour, 0).min(axis=0).tolist() == [top, left] and len(where(sheet, colour, 0)) == 40 * 40
+        below = np.asarray(sheet)[top + 40 : top + 80, left : left + 48].min(axis=-1) < 128
+        assert below.any() == bool(captions[i])
+        lines = [below[:18].any(), below[18:].any()]
+        assert lines == [[True, False], [True, True], [True, False], [True, True], [False, False]][i]
 
 
 def test_a_grid_holds_each_picture_in_its_row_and_column() -> None:

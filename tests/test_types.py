@@ -100,12 +100,3 @@ def test_rows_and_expand_are_views_of_everything() -> None:
 def test_only_one_row_can_be_expanded() -> None:
     with pytest.raises(RuntimeError, match="expand"):
         conditioning(2).expand(4)
-
-
-def test_to_casts_what_floats_and_leaves_masks() -> None:
-    c = Conditioning(conditioning(2).embeddings, {"context": torch.randn(2, 5)})
-    half = c.to("cpu", torch.bfloat16)
-    for before, after in zip(tensors(c), tensors(half), strict=True):
-        assert after.dtype == (torch.bfloat16 if before.is_floating_point() else torch.bool)
-    assert all(tensor.device.type == "meta" for tensor in tensors(c.to("meta")))
-    assert [tensor.dtype for tensor in tensors(c.to("cpu"))] == [tensor.dtype for tensor in tensors(c)]

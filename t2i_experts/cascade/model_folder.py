@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -157,13 +157,15 @@ def load_model(model: str | Path | None, *, device: torch.device | str = "cpu", 
     """
     folder = find_model(model)
     config, sampling = read_configs(folder)
-    weights = folder / config.name / WEIGHTS
-    stage = Stage(config, load_denoiser(weights, config, device=device, dtype=dtype), sampling)
+    path = folder / config.name / WEIGHTS
+    weights = _read_weights(path)
+    stage = Stage(config, _denoiser(config, weights, path, device, dtype), sampling)
     conditioner = TextConditioner.from_config(config.encoders, root=folder, device=device)
     provenance = _read_json(folder / INDEX).get("provenance") or {}
     if not isinstance(provenance, dict):
         raise ValueError(f"{folder / INDEX}: provenance={provenance!r} must be a JSON object")
-    return LoadedModel({config.name: stage}, conditioner, _digest(weights)[:16], "embedded" if model is None else str(model), provenance)
+    source = "embedded" if model is None else str(model)
+    return LoadedModel({config.name: stage}, conditioner, _digest(weights)[:16], source, provenance)
 
 
 def read_configs(folder: Path) -> tuple[StageConfig, SamplingConfig]:
@@ -199,17 +201,21 @@ def _naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def load_denoiser(path: Path, config: StageConfig, *, device: torch.device | str, dtype: torch.dtype = torch.float32) -> EDMPrecond:
-    """The stage's network with the weights of a safetensors file, for sampling. Raises ValueError if they do not fit the config."""
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, which the CPU maps into memory and reads where they are used. Raises ValueError."""
     if not path.is_file():
         raise ValueError(f"weights not found: {path}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); save or fetch the model again") from error
+
+
+def _denoiser(config: StageConfig, weights: Mapping[str, Tensor], path: Path, device: torch.device | str, dtype: torch.dtype) -> EDMPrecond:
+    """The stage's network with weights that were read from `path`, for sampling. Raises ValueError if they do not fit the config."""
     with torch.device("meta"), _naming(path.with_name("config.json")):
         denoiser = build_network(config)
     denoiser = denoiser.to_empty(device=device)
-    try:
-        weights = load_file(path, device=str(device))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); save or fetch the model again") from error
     with _naming(path):
         refuse_misfit(denoiser, weights, "its config.json")
     denoiser.load_state_dict(weights, strict=True)
@@ -227,14 +233,12 @@ def refuse_misfit(network: torch.nn.Module, weights: Mapping[str, Tensor], whose
         raise ValueError(f"does not fit {whose}: {wrong[0]} is {in_file} in the file and {in_network} in the network{more}")
 
 
-def _digest(path: Path) -> str:
-    """sha256 over a safetensors file's tensors (names, types, shapes and bytes), whatever its metadata."""
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes of tensors on the CPU."""
     digest = hashlib.sha256()
-    with safe_open(path, framework="pt") as file:
-        for name in sorted(file.keys()):
-            tensor = file.get_tensor(name)
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from t2i_experts.cascade.model_folder import LoadedModel, load_model
 from t2i_experts.cascade.picture import to_uint8
-from t2i_experts.cascade.stage import IMAGE_CHANNELS, Progress, Stage
+from t2i_experts.cascade.stage import IMAGE_CHANNELS, Progress, Stage, check_shape
 from t2i_experts.config import SamplingConfig
 from t2i_experts.shards.order import position_rng
 from t2i_experts.types import Conditioning
@@ -68,11 +68,6 @@ class CascadePipeline:
         """The first stage, which makes pictures from noise."""
         return next(iter(self.model.stages.values()))
 
-    @property
-    def sizes(self) -> list[int]:
-        """Sides in pixels of the pictures that this model can make."""
-        return [stage.config.size for stage in self.model.stages.values()]
-
     def settings(
         self, *, sampler: str | None = None, steps: int | None = None, guidance: float | None = None, threshold: float | None = None
     ) -> SamplingConfig:
@@ -112,9 +107,7 @@ class CascadePipeline:
             raise ValueError(f"{len(prompts)} prompts and {len(indices)} indices; there must be one of each for every picture")
         stage = self.base
         width, height = shape or stage.shapes[0]
-        if (width, height) not in stage.shapes:
-            allowed = ", ".join(f"{width}x{height}" for width, height in stage.shapes)
-            raise ValueError(f"shape={width}x{height}; this model makes pictures of {allowed} pixels and no others")
+        check_shape(stage.config, (width, height), f"shape={width}x{height}")
         noise = torch.stack([start_noise(seed, index, (IMAGE_CHANNELS, height, width)) for index in indices]).to(self.device)
         images = None if style is None else style.to(self.device).expand(len(prompts), -1, -1, -1)
         conditioning = self.model.conditioner(prompts, images)

@@ -58,6 +58,19 @@ def build_unet(config: StageConfig, *, in_channels: int, out_channels: int, chec
     )
 
 
+def image_shapes(config: StageConfig) -> list[tuple[int, int]]:
+    """(width, height) of the pictures that a stage is trained to make: the square first, then its other buckets."""
+    square = (config.size, config.size)
+    return [square, *(shape for width, height in config.buckets if (shape := (width, height)) != square)]
+
+
+def check_shape(config: StageConfig, shape: tuple[int, int], received: str) -> None:
+    """Raises ValueError, which begins with what was `received`, for a (width, height) that is none of the stage's."""
+    if shape not in image_shapes(config):
+        allowed = ", ".join(f"{width}x{height}" for width, height in image_shapes(config))
+        raise ValueError(f"{received}; this model makes pictures of {allowed} px and no others")
+
+
 @dataclass(frozen=True)
 class Stage:
     """A denoiser that makes pictures of one size, or of the shapes of its buckets.
@@ -76,9 +89,8 @@ class Stage:
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """(width, height) of the pictures that this was trained to make: the square first, then its other buckets."""
-        square = (self.config.size, self.config.size)
-        return [square, *(shape for width, height in self.config.buckets if (shape := (width, height)) != square)]
+        """See `image_shapes`."""
+        return image_shapes(self.config)
 
     @torch.no_grad()
     def sample(

@@ -96,6 +96,6 @@ def _examine(
         except torch.OutOfMemoryError as error:
             problem = f"--measure: {str(error).split('. ')[0]}; what to do is said under memory"
             sections["measured"] = [Finding("training", "out of memory", problem=problem)]
-    if shards and not any(row.problem for row in sections["shards"] if row.name == "train"):
+    if shards and not any(row.problem for row in sections["shards"] if row.name.startswith("train")):
         sections["throughput"] = preflight.throughput(config, missing, measured, processes=processes)
     return sections

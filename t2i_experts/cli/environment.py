@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import sys
+import tomllib
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,8 @@ EXTRAS = {
 }
 """What an optional dependency is for; one that is not listed here goes by its extra's name. Those of `test` are for developers."""
 
-_REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)(?:\[[^]]*\])?>=([0-9.]+)(?:.*extra == ['\"]([a-z0-9-]+)['\"])?.*")
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"  # of a checkout
+_NAME, _BOUND, _EXTRA = re.compile(r"[A-Za-z0-9_.-]+"), re.compile(r">=\s*([0-9.]+)"), re.compile(r"extra == ['\"]([a-z0-9-]+)['\"]")
 
 
 def packages() -> list[Finding]:
@@ -30,21 +32,32 @@ def packages() -> list[Finding]:
     rows = [Finding("python", f"{platform.python_version()} ({sys.executable})", platform.python_version())]
     rows.append(Finding(DISTRIBUTION, f"{__version__} ({Path(__file__).parents[1]})", __version__))
     try:
-        requirements = metadata.requires(DISTRIBUTION) or []
-        needed = metadata.metadata(DISTRIBUTION)["Requires-Python"] or ""
+        requirements, needed = _requirements()
     except metadata.PackageNotFoundError:
-        note = f"{DISTRIBUTION} is on the path but not installed, so what it needs is not known: pip install -e ."
+        note = f"{DISTRIBUTION} is on the path but not installed, so what it needs is not known: install it with pip"
         return [*rows, Finding("requirements", "not known", note=note)]
     if _numbers(platform.python_version()) < _numbers(needed):
         rows[0] = Finding("python", rows[0].text, rows[0].value, problem=f"this is Python {rows[0].value}: install Python {needed}")
     seen: set[str] = set()
     for requirement in requirements:
-        parts = _REQUIREMENT.fullmatch(requirement)
-        if parts is None or parts[1] in seen or parts[3] == "test":
+        name, bound, extra = _NAME.match(requirement), _BOUND.search(requirement), _EXTRA.search(requirement)
+        if name is None or bound is None or name[0] in seen or (extra and extra[1] == "test"):
             continue
-        seen.add(parts[1])
-        rows.append(_package(parts[1], parts[2], parts[3]))
+        seen.add(name[0])
+        rows.append(_package(name[0], bound[1], extra and extra[1]))
     return rows
+
+
+def _requirements() -> tuple[list[str], str]:
+    """What this package needs and can use, as its metadata lists it, and the Python that it needs.
+
+    From pyproject.toml where that is beside the package: a checkout goes on, and the metadata of an editable installation stays behind.
+    """
+    if not PYPROJECT.is_file():
+        return metadata.requires(DISTRIBUTION) or [], metadata.metadata(DISTRIBUTION)["Requires-Python"] or ""
+    project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+    optional = [f"{one}; extra == '{extra}'" for extra, some in project["optional-dependencies"].items() for one in some]
+    return [*project["dependencies"], *optional], project["requires-python"]
 
 
 def _package(name: str, bound: str, extra: str | None) -> Finding:

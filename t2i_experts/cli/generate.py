@@ -82,13 +82,8 @@ def generate(
         reference = None if style is None else read_image(style)
     except ValueError as error:
         raise ValueError(f"--style={style}: {error}") from error
+    shape = picture_shape(model, size, width, height)
     pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
-    if size is not None and size not in pipeline.sizes:
-        raise ValueError(f"--size={size}; this model makes pictures of {', '.join(map(str, pipeline.sizes))} px and no others")
-    shape = None if width is None or height is None else (width, height)
-    if shape is not None and shape not in pipeline.base.shapes:
-        allowed = ", ".join(f"{width}x{height}" for width, height in pipeline.base.shapes)
-        raise ValueError(f"--width={width} --height={height}; this model makes pictures of {allowed} pixels and no others")
     settings = pipeline.settings(**given)
     refuse_what_would_be_ignored(pipeline, settings, negative, style)
     read = [*dict.fromkeys([*texts, negative])]
@@ -198,6 +193,22 @@ def _refuse_no_file(option: str, path: Path, wanted: str) -> None:
     """Raises ValueError for a path that is not there, or a folder."""
     if not path.exists() or path.is_dir():
         raise ValueError(f"{option}={path}: {'it is a folder, not a file' if path.is_dir() else 'no such file'}; give {wanted}")
+
+
+def picture_shape(model: str | None, size: int | None, width: int | None, height: int | None) -> tuple[int, int] | None:
+    """(width, height) of the pictures; None, as the model has it, if none is given. Raises ValueError if the model has no such pictures,
+    before its weights are read."""
+    from t2i_experts.cascade.model_folder import find_model, read_configs
+    from t2i_experts.cascade.stage import check_shape
+
+    if size is not None:
+        shape, received = (size, size), f"--size={size}"
+    elif width is not None and height is not None:
+        shape, received = (width, height), f"--width={width} --height={height}"
+    else:
+        return None
+    check_shape(read_configs(find_model(model))[0], shape, received)
+    return shape
 
 
 def refuse_what_would_be_ignored(pipeline: CascadePipeline, settings: SamplingConfig, negative: str, style: Path | None) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from t2i_experts.cli.environment import free_disk, main_memory
 from t2i_experts.cli.findings import Finding, size
@@ -61,19 +60,19 @@ def shards(config: RunConfig) -> list[Finding]:
     from t2i_experts.shards.reader import ShardReader
     from t2i_experts.training.embeddings import stored_embeddings
 
-    folders = [("train", folder) for folder in config.data.train]
-    folders += [("validation", config.data.validation)] if config.data.validation else []
+    folders = [("train", f"train {i}" if i > 1 else "train", folder) for i, folder in enumerate(config.data.train, start=1)]
+    folders += [("validation", "validation", config.data.validation)] if config.data.validation else []
     rows = []
-    for use, folder in folders:
+    for use, name, folder in folders:
         if is_url(folder):
-            rows.append(Finding(use, f"{folder}: read as a stream", {"url": folder}))
+            rows.append(Finding(name, f"{folder}: read as a stream", {"url": folder}))
             continue
         try:
             samples = ShardReader([folder], size=config.stage.size, seed=0, embeddings=stored_embeddings(config)).samples
-            rows.append(Finding(use, f"{samples:,} samples in {folder}", {"folder": folder, "samples": samples}))
+            rows.append(Finding(name, f"{samples:,} samples in {folder}", {"folder": folder, "samples": samples}))
         except (ValueError, OSError) as error:
             remedy = f"t2i-experts shards build SOURCE --out {folder}, or name another folder in data.{use}"
-            rows.append(Finding(use, f"{folder}: not to be read", {"folder": folder, "samples": None}, f"data.{use}: {error}; {remedy}"))
+            rows.append(Finding(name, f"{folder}: not to be read", {"folder": folder, "samples": None}, f"data.{use}: {error}; {remedy}"))
     return rows
 
 
@@ -121,9 +120,10 @@ def memory_rows(config: RunConfig, memory: TrainingMemory, sampling: SamplingMem
     rows.append(Finding("activations", activations, {"bytes": memory.activations, "compiled": memory.compiled}, note=note))
     if config.training.compile and device == "the CPU" and config.training.device is None:
         rows.append(Finding("device", device, device, note="no GPU is here: this config would train on the CPU"))
-    rows.append(Finding("training", f"{size(memory.total)} estimated; {device} has {size(capacity)}", memory.total))
-    if memory.total > capacity:
-        rows[-1] = Finding("training", rows[-1].text, memory.total, _too_much(memory, device, capacity))
+    needed = f"{size(memory.total)} estimated; {device} has {size(capacity)}"
+    problem = _too_much(memory, device, capacity) if memory.total > capacity else ""
+    bound = config.training.compile and not memory.compiled  # an upper one: it may fit all the same
+    rows.append(Finding("training", needed, memory.total, problem="" if bound else problem, note=problem if bound else ""))
     text = f"{size(sampling.total)} estimated for {sampling.images} pictures at a time in {sampling.dtype}"
     rows.append(Finding("sampling", text, asdict(sampling) | {"total": sampling.total}))
     return rows
@@ -164,7 +164,9 @@ def _too_much(memory: TrainingMemory, device: str, capacity: int) -> str:
 def measured_rows(memory: TrainingMemory, measured: MeasuredStep) -> list[Finding]:
     """Estimated beside measured memory, and the speed of the network alone."""
     rows = [Finding("device", measured.device, measured.device)]
-    if measured.peak is not None:
+    if measured.peak is None:
+        rows.append(Finding("peak memory", f"not measured: torch does not tell it on {measured.device}"))
+    else:
         ratio = memory.total / measured.peak
         text = f"{size(measured.peak)} measured, {size(memory.total)} estimated: {ratio:.3f} of it"
         value = {"measured": measured.peak, "estimated": memory.total, "ratio": round(ratio, 4)}
@@ -198,22 +200,11 @@ def _speeds(config: RunConfig, measured: MeasuredStep | None) -> list[tuple[str,
     """What takes images, and how many a second and process: what was measured now, or else what the run's log says of its last steps."""
     if measured is not None:
         return [("the network", measured.images_per_second)]
-    log = Path(config.output) / "log.jsonl"
-    if not log.is_file():
-        return []
-    events = [_event(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    processes = [int(event["processes"]) for event in events if event.get("event") == "start"]
-    steps = [event for event in events if event.get("event") == "train"]
-    if not steps or not processes:
+    from t2i_experts.training.history import History, read_events
+
+    history = History(read_events(Path(config.output) / "log.jsonl"))
+    starts, steps = history.of("start"), history.of("train")
+    if not starts or not steps:
         return []
     busy = max(1 - float(steps[-1]["data_wait"]), 1e-3)
-    return [(f"the run in {config.output}", float(steps[-1]["images_per_second"]) / busy / processes[-1])]
-
-
-def _event(line: str) -> dict[str, Any]:
-    """A line of a log; nothing for one that a kill cut short."""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return {}
-    return event if isinstance(event, dict) else {}
+    return [(f"the run in {config.output}", float(steps[-1]["images_per_second"]) / busy / int(starts[-1]["processes"]))]

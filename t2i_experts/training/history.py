@@ -82,19 +82,26 @@ class History:
         return TimeSpent(steps, data_wait, max(total - steps, 0.0))
 
 
-def read_history(run: Path) -> History:
-    """Raises ValueError if `run` is not the folder of a run that has begun. A line that is being written is left out."""
-    path = run / "log.jsonl"
-    if not path.is_file():
-        raise ValueError(f"RUN={str(run)!r} has no log.jsonl; name the output folder of a training run")
+def read_events(log: Path) -> list[dict[str, Any]]:
+    """The events of a log.jsonl in the order of the file; none if there is none. A line that is being written, or that a kill cut short,
+    is left out."""
     events = []
-    for line in path.read_bytes().splitlines():
+    for line in log.read_bytes().splitlines() if log.is_file() else ():
         try:
             event = json.loads(line)
         except ValueError:
             continue
         if isinstance(event, dict) and {"event", "images_seen", "time"} <= event.keys():
             events.append(event)
+    return events
+
+
+def read_history(run: Path) -> History:
+    """Raises ValueError if `run` is not the folder of a run that has begun."""
+    path = run / "log.jsonl"
+    if not path.is_file():
+        raise ValueError(f"RUN={str(run)!r} has no log.jsonl; name the output folder of a training run")
+    events = read_events(path)
     if not any(event["event"] != "diverged" for event in events):
         raise ValueError(f"{path} tells nothing yet")
     return History(events)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from t2i_experts.training.allocations import occupied
 from t2i_experts.training.ema import build_ema
 from t2i_experts.training.memory import largest_shape, micro_batch
 from t2i_experts.training.optim import build_optimizer
+from t2i_experts.training.step import add_gradients, apply_gradients, avoid_cudnn_attention
 from t2i_experts.training.task import DiffusionTask
 from t2i_experts.training.uncertainty import LearnedWeighting
 from t2i_experts.types import TextFeatures
@@ -51,7 +51,7 @@ def measure_training(config: RunConfig, *, processes: int = 1) -> MeasuredStep:
     training, device = config.training, training_device(config)
     batch_size = micro_batch(training, processes)
     torch.manual_seed(training.seed)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as in training
+    avoid_cudnn_attention()
     text = text_encoders(config.stage.encoders) if config.data.embeddings == "stored" else {}
     at_work = TextConditioner.from_config({n: e for n, e in config.stage.encoders.items() if n not in text}, device=device)
     stand_ins: dict[str, Encoder] = {name: StoredTextEncoder(encoder, device) for name, encoder in text.items()}
@@ -70,12 +70,8 @@ def measure_training(config: RunConfig, *, processes: int = 1) -> MeasuredStep:
 
     def step() -> None:
         for _ in range(training.accumulation):
-            losses = task.losses(network, batch)
-            objective = weighting.objective(losses, task.sigmas(batch)) if weighting else losses
-            (objective.mean() / training.accumulation).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), training.optimizer.clip_norm or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            add_gradients(task, network, batch, training.accumulation, weighting)
+        apply_gradients(network, optimizer, training.optimizer.clip_norm)
         if weighting:
             weighting.step(training.optimizer.learning_rate, lambda gradient: gradient)
         ema.update(network, training.batch_size, training.batch_size)

@@ -67,8 +67,10 @@ class TrainState:
         """By what the learning rate is multiplied: halved at every roll-back."""
         return 0.5**self.rollbacks
 
-    def save(self, root: Path, keep: int, validation: Validation | None = None) -> Path:
-        """Writes RUN/checkpoints/IMAGES_SEEN and removes all but the newest `keep` and the best in validation. Returns the folder.
+    def save(self, root: Path, keep: int, validation: Validation | None = None) -> tuple[Path, bool]:
+        """Writes RUN/checkpoints/IMAGES_SEEN and removes all but the newest `keep` and the best in validation.
+
+        Returns the folder, and whether it is the best.
 
         validation: of these EMA weights, None if it was not measured.
         """
@@ -104,7 +106,7 @@ class TrainState:
         for old in checkpoints(root)[:-keep]:
             if old != best:
                 _remove(old)
-        return folder
+        return folder, folder == best
 
     def restore(self, folder: Path) -> None:
         """Takes everything from a checkpoint.

@@ -99,12 +99,8 @@ class DiffusionTask:
         """(B, 3, H, W) uint8 on the CPU to float32 in [-1, 1] on the device, channels last."""
         return from_uint8(pixels.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
 
-    def sigmas(self, batch: Batch) -> Tensor:
-        """The noise level of each image, (B,) float32 on the device."""
-        return to_device(sigma_from_uniform(self.noise, batch.uniform).float(), self.device)
-
-    def losses(self, denoiser: Denoiser, batch: Batch) -> Tensor:
-        """The loss of each image, (B,) float32.
+    def losses(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss of each image, and the noise level at which it was taken, both (B,) float32 on the device.
 
         Seeds torch's generators from (seed, first position): eps and dropout are the same whenever the run comes to this batch, and
         however many processes and accumulation steps share the work as long as their product stays.
@@ -114,10 +110,10 @@ class DiffusionTask:
         generator = torch.Generator(self.device).manual_seed(seed)
         images = self.images(batch.images)
         conditioning = self.conditioner.encode(batch.tokens, images, batch.drops)
-        sigma = self.sigmas(batch)
+        sigma = to_device(sigma_from_uniform(self.noise, batch.uniform).float(), self.device)
         eps = torch.randn(images.shape, generator=generator, device=self.device)
         with self.autocast():
-            return self.loss(denoiser, images, sigma, eps, conditioning)
+            return self.loss(denoiser, images, sigma, eps, conditioning), sigma
 
     def autocast(self) -> torch.autocast:
         """The precision that the denoiser computes in; its weights stay float32."""

@@ -17,6 +17,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from t2i_experts import __version__
+from t2i_experts.training.history import read_events
 from t2i_experts.training.preview import read_preview
 from t2i_experts.training.report import write_report
 from t2i_experts.training.trackers import Trackers
@@ -66,7 +68,7 @@ class RunLog:
             return
         record = {"event": kind, "images_seen": images_seen, "time": round(time.time(), 3), **values}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
+            file.write(_line(_finite(record)))
         self._trackers.event(kind, images_seen, values)
 
     def preview(self, images_seen: int, path: Path) -> None:
@@ -88,19 +90,16 @@ class RunLog:
         if not self.writes:
             return
         if self.path.exists():
-            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _stays(line, images_seen)]
+            kept = [event for event in read_events(self.path) if event["images_seen"] <= images_seen or event["event"] in LASTING]
             temporary = self.path.with_name(f".{self.path.name}.tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
             temporary.replace(self.path)
         if self._bar is not None:
             self._bar.update(images_seen - self._bar.n)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """The events of a kind so far, of this run and what it goes on from; none on processes that do not write."""
-        if not self.writes or not self.path.exists():
-            return []
-        found = (json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines())
-        return [event for event in found if event["event"] == kind]
+        return [event for event in read_events(self.path) if event["event"] == kind] if self.writes else []
 
     def warn(self, message: str) -> None:
         """A line on stderr, above the progress bar if there is one."""
@@ -137,13 +136,8 @@ def peak_memory_gib(device: torch.device) -> float | None:
     return round(peak, 3)
 
 
-def _stays(line: str, images_seen: int) -> bool:
-    """Whether a run that goes on from `images_seen` keeps a log line; one that a kill cut short goes."""
-    try:
-        event = json.loads(line)
-        return event["images_seen"] <= images_seen or event["event"] in LASTING
-    except (ValueError, KeyError, TypeError):
-        return False
+def _line(event: Mapping[str, Any]) -> str:
+    return json.dumps(event, ensure_ascii=False) + "\n"
 
 
 def _finite(value: Any) -> Any:

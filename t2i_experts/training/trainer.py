@@ -41,6 +41,7 @@ from t2i_experts.training.state import (
     record_roll_back,
     refuse_changed_config,
 )
+from t2i_experts.training.step import add_gradients, apply_gradients, avoid_cudnn_attention
 from t2i_experts.training.stopping import StopRequest
 from t2i_experts.training.task import Batch, DiffusionTask
 from t2i_experts.training.trackers import open_trackers, refuse_missing_trackers
@@ -84,7 +85,7 @@ class Trainer:
             self._lock = lock_run(self.root)  # not before: a mistake in the config leaves no folder behind
         self.resumed_from = agreed_checkpoint(self.root)
         torch.manual_seed(training.seed)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # with a mask, its gradients are NaN at some shapes (pytorch/pytorch issue 196678)
+        avoid_cudnn_attention()
         network = build_network(config.stage, checkpointed_resolutions=training.gradient_checkpointing)
         self.network: EDMPrecond = network.to(self.device)
         self.ema = build_ema(self.network, training.ema)
@@ -127,7 +128,8 @@ class Trainer:
             (self.root / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
             drop_later_snapshots(self.root, self.state.images_seen)
             if self.resumed_from is not None:
-                self._save_models(self.resumed_from)  # a kill may have come between the checkpoint and its model folder
+                # a kill may have come between the checkpoint and its model folder
+                self._save_models(best=self.resumed_from == best_checkpoint(self.root))
         self.log.event(
             "start", self.state.images_seen, processes=self.world_size, **machine(self.device), **self.sizes(), **self._bucket_samples()
         )
@@ -225,15 +227,10 @@ class Trainer:
             waited += time.monotonic() - asked
             last = micro == training.accumulation - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                micro_losses = self.task.losses(self.model, batch)
-                objective = self.weighting.objective(micro_losses, self.task.sigmas(batch)) if self.weighting else micro_losses
-                (objective.mean() / training.accumulation).backward()
+                losses.append(add_gradients(self.task, self.model, batch, training.accumulation, self.weighting))
             keys.extend(batch.keys)
             self.unreadable.note(batch.unreadable, drawn=True)
-            losses.append(micro_losses.detach())
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), training.optimizer.clip_norm or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = apply_gradients(self.network, self.optimizer, training.optimizer.clip_norm)
         if self.weighting:
             self.weighting.step(rate, lambda gradient: self.accelerator.reduce(gradient, "mean"))
         self.state.images_seen += training.batch_size
@@ -360,7 +357,9 @@ class Trainer:
         self.unreadable.tell(self.state.images_seen)  # what a checkpoint has passed is never drawn again, and must be in the log
         if self.accelerator.is_main_process:
             self.state.watch = self._watch.state
-            self._save_models(self.state.save(self.root, self.config.training.keep_checkpoints, self._validation(validation_loss)))
+            validation = self._validation(validation_loss)
+            _, best = self.state.save(self.root, self.config.training.keep_checkpoints, validation)
+            self._save_models(best=best)
             self.log.report()
         self.accelerator.wait_for_everyone()
 
@@ -371,10 +370,10 @@ class Trainer:
         settings = self.config.training.validation
         return Validation(loss, f"{self.validation.dataset_hash}/{settings.images}/{settings.bins}")
 
-    def _save_models(self, checkpoint: Path) -> None:
-        """The EMA weights of this checkpoint, in which the run stands, as RUN/model, and as RUN/best if none was better in validation."""
+    def _save_models(self, *, best: bool) -> None:
+        """The EMA weights of the checkpoint in which the run stands as RUN/model, and as RUN/best if none was better in validation."""
         self._save_model("model")
-        if checkpoint == best_checkpoint(self.root):
+        if best:
             self._save_model("best")
 
     def _save_model(self, name: str) -> None:

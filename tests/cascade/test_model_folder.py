@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +25,21 @@ def test_round_trip_keeps_weights_settings_and_pictures(model_folder: Path, tmp_
     assert second.stages["base64"].sampling == stage.sampling
     pictures = [CascadePipeline.from_pretrained(folder, device="cpu")("a red cube") for folder in (model_folder, tmp_path / "copy")]
     assert torch.equal(*pictures)
+
+
+def test_the_fingerprint_is_that_of_the_weights_in_the_file(model_folder: Path, tmp_path: Path) -> None:
+    """Whatever dtype they are loaded in; pictures carry it, so that it must stay as it is."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    path = tmp_path / "model" / "base64" / WEIGHTS
+    weights = load_file(path)
+    for value in (None, 3.0):
+        if value is not None:
+            weights[sorted(weights)[-1]].view(-1)[0] = value
+            save_file(weights, path)
+        digest = hashlib.sha256()
+        for name in sorted(weights):
+            digest.update(f"{name} torch.float32 {tuple(weights[name].shape)}".encode() + weights[name].numpy().tobytes())
+        assert load_model(tmp_path / "model", dtype=torch.bfloat16).fingerprint == digest.hexdigest()[:16]
 
 
 def test_a_folder_can_be_moved(model_folder: Path, tmp_path: Path) -> None:

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from t2i_experts.cli import preflight
 from t2i_experts.cli.app import main
 from t2i_experts.cli.environment import packages
 from t2i_experts.cli.findings import Finding, document, size, table
+from t2i_experts.config import load_config
+from t2i_experts.training.memory import SamplingMemory, TrainingMemory
 
 WriteConfig = Callable[[str], Path]
 Doctor = Callable[..., tuple[int, str, str]]
@@ -77,18 +80,40 @@ def test_memory_and_disk_that_do_not_suffice(doctor: Doctor, write_config: Write
     assert "1000 B are free: lower training.keep_checkpoints" in out
 
 
-def test_the_speed_of_an_earlier_run_is_compared_with_the_loaders(doctor: Doctor, write_config: WriteConfig, tmp_path: Path) -> None:
+def test_the_speed_of_an_earlier_run_is_compared_with_the_loaders(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("t2i_experts.training.throughput.SECONDS", 0.1)
     (tmp_path / "run").mkdir()
     events: list[dict[str, Any]] = [
-        {"event": "start", "processes": 2},
-        {"event": "train", "images_per_second": 8e9, "data_wait": 0.5},
+        {"event": "start", "images_seen": 0, "time": 0, "processes": 2},
+        {"event": "train", "images_seen": 8, "time": 1, "images_per_second": 8e9, "data_wait": 0.5},
     ]
     (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "tra')
-    code, out, _ = doctor(write_config("run"), "--json")
-    found = json.loads(out)
-    assert code == 0  # slow, but it runs
-    assert found["throughput"]["enough"] == {"needed": 8e9, "enough": False}
-    assert any("raise data.workers" in note for note in found["notes"])
+    _, enough = preflight.throughput(load_config(write_config("run")), (), None, processes=1)
+    assert enough.value == {"needed": 8e9, "enough": False}
+    assert "raise data.workers" in enough.note
+    assert not enough.problem  # slow, but it runs
+
+
+def test_every_folder_of_several_has_its_row(write_config: WriteConfig, shards: Path, tmp_path: Path) -> None:
+    folders = f"data.train=[{shards / 'train'},{shards / 'validation'},{tmp_path / 'gone'}]"
+    rows = {row.name: row for row in preflight.shards(load_config(write_config("run"), [folders]))}
+    assert [row.value["samples"] for row in rows.values()] == [40, 8, None, 8]
+    assert list(rows) == ["train", "train 2", "train 3", "validation"]
+    assert [name for name, row in rows.items() if row.problem] == ["train 3"] and rows["train 3"].problem.startswith("data.train: ")
+
+
+@pytest.mark.parametrize(("compiled", "traced", "problem"), [(False, False, True), (True, True, True), (True, False, False)])
+def test_memory_that_may_suffice_after_all_is_a_note(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, compiled: bool, traced: bool, problem: bool
+) -> None:
+    """What uncompiled code takes is only an upper bound for compiled code."""
+    monkeypatch.setattr("t2i_experts.cli.preflight.main_memory", lambda: 1000)
+    memory = TrainingMemory(8, 10, 40, 40, 80, 40, {}, 10_000, compiled=traced, uncompiled=10_000)
+    config = load_config(write_config("run"), [f"training.compile={str(compiled).lower()}"])
+    rows = {row.name: row for row in preflight.memory_rows(config, memory, SamplingMemory(8, "float32", 40, {}, 10))}
+    assert bool(rows["training"].problem) == problem and bool(rows["training"].note) != problem
 
 
 @pytest.mark.parametrize(
@@ -107,11 +132,20 @@ def test_wrong_input(doctor: Doctor, arguments: list[str], said: str) -> None:
     assert said in err
 
 
-def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkouts_packages_are_those_of_its_pyproject(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the metadata of an older editable installation says, or if there is none."""
+    monkeypatch.setattr(metadata, "requires", lambda name: ["torch>=2.0"])
+    rows = {row.name: row for row in packages()}
+    assert {"torch", "pyarrow", "resvg-py", "wandb"} <= rows.keys() and "pytest" not in rows
+    assert "(>=18; optional: shards build from Parquet tables)" in rows["pyarrow"].text
+
+
+def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("t2i_experts.cli.environment.PYPROJECT", tmp_path / "none")
     requirements = [
         "torch>=99.1",
         "nonesuch-package>=1.2",
-        "numpy>=1.0.0",
+        "numpy<99,>=1.0.0",
         "other-thing>=3; extra == 'track'",
         "pytest>=999; extra == 'test'",
     ]
@@ -125,7 +159,8 @@ def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> No
     assert 'optional: training.trackers): pip install "other-thing>=3"' in rows["other-thing"].text
 
 
-def test_old_packages_end_the_examination(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_packages_end_the_examination(doctor: Doctor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("t2i_experts.cli.environment.PYPROJECT", tmp_path / "none")
     monkeypatch.setattr(metadata, "requires", lambda name: ["torch>=99.1"])
     code, out, _ = doctor("--json")
     assert code == 1

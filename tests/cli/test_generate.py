@@ -276,7 +276,7 @@ def test_characters_that_t5_does_not_know_are_told_once(generate: Generate, tmp_
         (["a", "--threshold", 2], ["--threshold=2.0", "[0, 1)"]),
         (["a", "--threshold", -0.5], ["--threshold=-0.5", "[0, 1)"]),
         (["a", "--size", 100], ["--size=100", "16 px and no others"]),
-        (["a", "--width", 20, "--height", 12], ["--width=20 --height=12", "16x16 pixels and no others"]),
+        (["a", "--width", 20, "--height", 12], ["--width=20 --height=12", "16x16 px and no others"]),
         (["a", "--width", 16], ["--width and --height together", "height=None"]),
         (["a", "--size", 16, "--width", 16, "--height", 16], ["not with --size", "size=16"]),
         (["a", "--dtype", "float16"], ["--dtype='float16'", "float32, bfloat16"]),
@@ -316,6 +316,15 @@ def test_a_mistake_is_one_line_that_names_it_and_nothing_is_written(
     assert all(part in line for part in said), line
     assert written(tmp_path) == before
     assert not (tmp_path / "pictures").exists()
+
+
+def test_a_size_is_refused_before_the_weights_are_read(generate: Generate, model_folder: Path, tmp_path: Path) -> None:
+    for name in ("model_index.json", "base64/config.json"):
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_bytes((model_folder / name).read_bytes())
+    for size, said in ((32, "--size=32; this model makes pictures of 16x16 px"), (16, "weights not found")):
+        code, _, err = generate("a", "--model", tmp_path / "model", "--size", size)
+        assert code == 2 and said in err
 
 
 @pytest.mark.parametrize("arguments", [["--num", "many"], ["--steps", "1.5"], ["--nonsense"], ["b"]])

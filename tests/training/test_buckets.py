@@ -51,7 +51,7 @@ def test_a_run_that_stops_and_goes_on_ends_in_the_same_bits(
 ) -> None:
     losses, shapes = DiffusionTask.losses, dict[int, tuple[int, ...]]()
 
-    def watched(task: DiffusionTask, denoiser: Denoiser, batch: Batch) -> torch.Tensor:
+    def watched(task: DiffusionTask, denoiser: Denoiser, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         shapes[batch.positions[0]] = tuple(batch.images.shape)
         return losses(task, denoiser, batch)
 

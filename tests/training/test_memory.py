@@ -18,7 +18,7 @@ from t2i_experts.nn.layers import rms_norm
 from t2i_experts.training.allocations import Allocations, held_by, materialized, occupied
 from t2i_experts.training.compiled import compiled_activations
 from t2i_experts.training.measure import measure_training
-from t2i_experts.training.memory import estimate_sampling, estimate_training
+from t2i_experts.training.memory import TrainingMemory, estimate_sampling, estimate_training
 from t2i_experts.types import Conditioning, Embedding
 
 WriteConfig = Callable[[str], Path]
@@ -56,15 +56,21 @@ def test_what_is_held_all_the_time_is_exact(write_config: WriteConfig) -> None:
     assert memory.encoders == {name: held_by(encoder.model) for name, encoder in loaded.items()}
 
 
-def test_it_follows_processes_and_checkpointing(write_config: WriteConfig) -> None:
-    def activations(*overrides: str, processes: int = 1) -> int:
-        return estimate_training(load_config(write_config("run"), ["training.batch_size=64", *overrides]), processes=processes).activations
+def test_it_follows_processes_checkpointing_and_compilation(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("t2i_experts.training.memory.compiled_activations", lambda *arguments: 10**9)
 
-    whole = activations()
-    assert 0.4 * whole < activations(processes=2) < 0.6 * whole
-    assert activations("training.gradient_checkpointing=2") < 0.7 * whole
+    def estimate(*overrides: str, processes: int = 1) -> TrainingMemory:
+        return estimate_training(load_config(write_config("run"), ["training.batch_size=64", *overrides]), processes=processes)
+
+    compiled, two = estimate("training.compile=true"), estimate(processes=2)
+    checkpointed = estimate("training.compile=true", "training.gradient_checkpointing=2")
+    assert compiled.compiled
+    assert compiled.activations == 10**9 - compiled.gradients
+    assert 0.4 * compiled.uncompiled < two.activations == two.uncompiled < 0.6 * compiled.uncompiled
+    assert not checkpointed.compiled
+    assert checkpointed.activations == checkpointed.uncompiled < 0.7 * compiled.uncompiled
     with pytest.raises(ValueError, match=r"training\.batch_size=64 must be a multiple of accumulation x processes = 1 x 3"):
-        activations(processes=3)
+        estimate(processes=3)
 
 
 class Convolutions(nn.Module):
@@ -97,16 +103,6 @@ def test_compiled_code_remembers_what_the_convolutions_need() -> None:
             del output
     assert 2 * wide < compiled < 2.5 * wide
     assert uncompiled > 4 * wide
-
-
-def test_a_compiled_run_is_estimated_as_compiled(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("t2i_experts.training.memory.compiled_activations", lambda *arguments: 10**6)
-    compiled = estimate_training(load_config(write_config("run"), ["training.compile=true"]))
-    assert compiled.compiled
-    assert compiled.activations == 10**6 - compiled.gradients < compiled.uncompiled
-    checkpointed = estimate_training(load_config(write_config("run"), ["training.compile=true", "training.gradient_checkpointing=1"]))
-    assert not checkpointed.compiled
-    assert checkpointed.activations == checkpointed.uncompiled
 
 
 def test_it_follows_stored_embeddings_and_buckets() -> None:

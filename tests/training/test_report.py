@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from torch import Tensor
 
 from t2i_experts.cli.app import main
 from t2i_experts.config import load_config
 from t2i_experts.training.report import write_report
 from t2i_experts.training.state import checkpoints
+from t2i_experts.training.task import Batch
 from t2i_experts.training.trainer import Trainer, TrainingDiverged, train
+from t2i_experts.types import Denoiser
 
 WriteConfig = Callable[[str], Path]
 
@@ -91,7 +94,12 @@ def test_a_divergence_is_told_and_stays_told(write_config: WriteConfig, tmp_path
     config = load_config(write_config("run"), ["training.preview.every_images=0", "training.validation.every_images=0"])
     trainer = Trainer(config, progress=False)
     losses = trainer.task.losses
-    monkeypatch.setattr(trainer.task, "losses", lambda denoiser, batch: losses(denoiser, batch) * (1 if batch.positions[0] < 32 else 1e39))
+
+    def diverging(denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor]:
+        values, sigma = losses(denoiser, batch)
+        return values * (1 if batch.positions[0] < 32 else 1e39), sigma
+
+    monkeypatch.setattr(trainer.task, "losses", diverging)
     with pytest.raises(TrainingDiverged):
         trainer.run()
     page = (tmp_path / "run" / "report.md").read_text()

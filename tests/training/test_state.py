@@ -40,7 +40,7 @@ def test_going_on_equals_never_stopping(tmp_path: Path) -> None:
     unbroken, broken, resumed = state(0), state(0), state(1)
     advance(unbroken, 5)
     advance(broken, 3)
-    resumed.restore(broken.save(tmp_path, keep=2))
+    resumed.restore(broken.save(tmp_path, keep=2)[0])
     assert resumed.images_seen == 6
     advance(resumed, 2)
     assert all(torch.equal(a, b) for a, b in zip(weights(unbroken), weights(resumed), strict=True))
@@ -56,11 +56,11 @@ def test_newest_are_kept_and_unfinished_ones_ignored(tmp_path: Path) -> None:
 
 
 def test_other_shards_are_refused(tmp_path: Path) -> None:
-    folder = state(0).save(tmp_path, keep=1)
+    folder, _ = state(0).save(tmp_path, keep=1)
     with pytest.raises(ValueError, match="other shards"):
         state(0, dataset_hash="xyz").restore(folder)
 
 
 def test_other_network_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not fit"):
-        state(0, width=5).restore(state(0).save(tmp_path, keep=1))
+        state(0, width=5).restore(state(0).save(tmp_path, keep=1)[0])

@@ -94,11 +94,11 @@ def diverging(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, factor: float, 
 
     def poison(denoiser: Any, batch: Any) -> Any:
         rates.append(trainer.optimizer.param_groups[0]["lr"])
-        result = losses(denoiser, batch)
+        result, sigma = losses(denoiser, batch)
         if batch.positions[0] >= 32 and left[0]:
             left[0] -= 1
-            return result * factor
-        return result
+            return result * factor, sigma
+        return result, sigma
 
     monkeypatch.setattr(trainer.task, "losses", poison)
     return rates

@@ -77,8 +77,9 @@ def test_a_batch_meets_the_same_noise_whenever_it_comes(task: DiffusionTask) -> 
 def test_loss_of_the_identity_is_that_of_the_noise(task: DiffusionTask) -> None:
     """D(x) = x leaves an error of sigma eps, so the weighted loss is about (sigma^2 + sd^2) / sd^2."""
     recorder = Recorder()
-    losses = task.losses(recorder, task.collate()(samples(range(64))))
-    expected = (recorder.sigma.square() + 0.25) / 0.25
+    losses, sigma = task.losses(recorder, task.collate()(samples(range(64))))
+    assert torch.equal(sigma, recorder.sigma)
+    expected = (sigma.square() + 0.25) / 0.25
     torch.testing.assert_close(losses, expected, rtol=0.15, atol=0)
 
 

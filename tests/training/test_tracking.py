@@ -24,6 +24,12 @@ def test_a_run_that_goes_on_takes_back_what_it_will_repeat(tmp_path: Path) -> No
     assert [(event["images_seen"], event["loss"]) for event in events] == [(10, 10.0), (20, 20.0), (30, None)]
 
 
+def test_line_separators_inside_an_event_do_not_end_its_line(tmp_path: Path) -> None:
+    log = open_log(tmp_path / "log.jsonl", 0)
+    log.event("unreadable", 10, key="a\u2028b\x85c")
+    assert [event["key"] for event in open_log(tmp_path / "log.jsonl", 10).events("unreadable")] == ["a\u2028b\x85c"]
+
+
 def test_other_processes_write_nothing(tmp_path: Path) -> None:
     log = open_log(tmp_path / "log.jsonl", 0, writes=False)
     log.event("train", 10)

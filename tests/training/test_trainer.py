@@ -125,11 +125,11 @@ def test_divergence_names_the_sample_and_keeps_the_last_good_checkpoint(
     losses, poisoned = trainer.task.losses, []
 
     def poison(denoiser, batch):  # type: ignore[no-untyped-def]
-        result = losses(denoiser, batch)
+        result, sigma = losses(denoiser, batch)
         if batch.positions[0] != 16:
-            return result
+            return result, sigma
         poisoned.append(batch.keys[3])
-        return result * torch.tensor([1, 1, 1, float("nan"), 1, 1, 1, 1])
+        return result * torch.tensor([1, 1, 1, float("nan"), 1, 1, 1, 1]), sigma
 
     monkeypatch.setattr(trainer.task, "losses", poison)
     with pytest.raises(TrainingDiverged, match=rf"first in the batch with {'(.*)'}\. The same") as caught:
@@ -147,11 +147,11 @@ def test_a_gradient_that_overflows_blames_its_own_batch(write_config: WriteConfi
     losses, guilty = trainer.task.losses, []
 
     def explode(denoiser, batch):  # type: ignore[no-untyped-def]
-        result = losses(denoiser, batch)
+        result, sigma = losses(denoiser, batch)
         if batch.positions[0] != 16:
-            return result
+            return result, sigma
         guilty.extend(batch.keys)
-        return result + (result - result.detach()) * float("inf")
+        return result + (result - result.detach()) * float("inf"), sigma
 
     monkeypatch.setattr(trainer.task, "losses", explode)
     with pytest.raises(TrainingDiverged) as caught:
