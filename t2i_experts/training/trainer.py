@@ -11,7 +11,7 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
 import torch
@@ -148,7 +148,7 @@ class Trainer:
     def _train(self, stop: StopRequest) -> None:
         """Steps from where the run stands to its end, or until it is told to stop."""
         training = self.config.training
-        with contextlib.closing(self._batches(stop)) as batches:
+        with contextlib.closing(self._batches(stop.give_up)) as batches:
             window, waited, window_images = time.monotonic(), 0.0, 0
             stopping = False
             while self.state.images_seen < training.images and not stopping:
@@ -200,8 +200,8 @@ class Trainer:
         counts = self.reader.bucket_samples() if isinstance(self.reader, ShardReader) else {}
         return {"buckets": counts} if counts else {}
 
-    def _batches(self, stop: StopRequest) -> Generator[Batch, None, None]:
-        """This process's micro-batches from where the run stands, without end unless the run stops while it waits for one.
+    def _batches(self, give_up: Callable[[], bool] | None = None) -> Generator[Batch, None, None]:
+        """This process's micro-batches from where the run stands, without end unless it is to `give_up` while it waits for one.
 
         Shards behind URLs are read by a worker at least: this process could not hear anything while it waits for them.
         """
@@ -216,18 +216,18 @@ class Trainer:
             rank=self.rank,
             world_size=self.world_size,
             workers=max(1, workers) if isinstance(self.reader, StreamReader) else workers,
-            give_up=stop.give_up,
+            give_up=give_up,
         )
 
-    def _step(self, micro_batches: Sequence[Batch]) -> None:
-        """One optimiser step."""
+    def _step(self, batches: Iterable[Batch]) -> None:
+        """One optimiser step, on the next micro-batches."""
         training = self.config.training
         rate = self.state.rate_scale * learning_rate(training.optimizer, self.state.images_seen, training.images)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         keys: list[str] = []
         losses: list[Tensor] = []
-        for micro, batch in enumerate(micro_batches):
+        for micro, batch in enumerate(itertools.islice(batches, training.accumulation)):
             last = micro == training.accumulation - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 micro_losses = self.task.losses(self.model, batch)
