@@ -184,8 +184,12 @@ def _unpacked(batches: Iterator[Any], give_up: Callable[[], bool] | None) -> Gen
 
 def _only_late(batches: Any, error: RuntimeError) -> bool:
     """Whether torch's error says nothing but that its `timeout` has passed, after which one can wait on."""
+    if "DataLoader timed out" not in str(error):
+        return False
     pinning = getattr(batches, "_pin_memory_thread", None)  # which torch does not watch while it has a timeout
-    return "DataLoader timed out" in str(error) and (pinning is None or pinning.is_alive())
+    if pinning is not None and not pinning.is_alive():
+        raise RuntimeError("the thread that pins the batches' memory has ended unexpectedly") from error
+    return True
 
 
 def _end_workers(batches: Any) -> None:
