@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from t2i_experts.cli.options import Json, Workers, complete_config, group
+from t2i_experts.cli.progress import progress_bar
 from t2i_experts.cli.shards_embed import embed
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def build(
 
     options = BuildOptions(samples_per_shard, resize, _workers(workers), kind, where)
     try:
-        with _progress("building") as progress:
+        with progress_bar("building") as progress:
             manifest, skipped = build_shards(source, out, images, options, progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on after the last complete tar") from None
@@ -97,7 +97,7 @@ def check(
     worst = 0
     for folder in folders:
         try:
-            with _progress("checking") as progress:
+            with progress_bar("checking") as progress:
                 report = check_shards(folder, write_manifest=write_manifest, workers=_workers(workers), progress=progress)
         except ValueError as error:
             if len(folders) == 1:
@@ -305,7 +305,7 @@ def stats(
 
     from t2i_experts.shards.stats import TOLERANCE, shard_statistics
 
-    with _progress("reading") as progress:
+    with progress_bar("reading") as progress:
         found = shard_statistics(
             folder,
             size=64 if size is None else size,
@@ -357,42 +357,6 @@ def _share(part: int, whole: int) -> str:
 
 def _workers(workers: int | None) -> int:
     return workers if workers is not None else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar on stderr with a rate and, from the moment at which the number of samples is known, an end time.
-
-    Until then it counts what is listed. What was done before the first call, by an interrupted run, is not in the rate.
-    """
-    from tqdm import tqdm
-
-    bar: tqdm | None = None
-
-    def progress(done: int, total: int | None) -> None:
-        nonlocal bar
-        if bar is not None and bar.total is None and total is not None:
-            bar.close()
-            bar = None
-        if bar is None:
-            bar = tqdm(
-                desc="listing" if total is None else what,
-                total=total,
-                initial=0 if total is None else done,
-                leave=total is not None,
-                unit=" samples",
-                file=sys.stderr,
-                mininterval=0.5,
-                dynamic_ncols=True,
-            )
-        bar.total = total
-        bar.update(done - bar.n)
-
-    try:
-        yield progress
-    finally:
-        if bar is not None:
-            bar.close()
 
 
 def _summary(manifest: Manifest) -> str:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from t2i_experts.cli.options import complete_config
+from t2i_experts.cli.options import Json, complete_config
+from t2i_experts.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from t2i_experts.shards.embed import EmbedResult
@@ -38,14 +39,14 @@ def embed(
     ] = None,
     rank: Annotated[int, typer.Option(envvar="RANK", help="Number of this process among several, from 0; launchers set it.")] = 0,
     world_size: Annotated[int, typer.Option(envvar="WORLD_SIZE", help="How many processes share the tars; launchers set it.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, each process its own.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Copy shards into a new folder, with the embeddings of all captions by the text encoders of a training config.
 
     They are stored at their true length, in bfloat16. Training reads them with data.embeddings=stored, and does not run the encoders.
 
     On several GPUs: accelerate launch -m t2i_experts shards embed ..., or one call for each --rank of --world-size, on any hosts that share
-    the folders. Each process writes its own tars. The same command goes on where it was interrupted.
+    the folders. Each process writes its own tars, and prints its own JSON. The same command goes on where it was interrupted.
     """
     from t2i_experts.config import load_config
 
@@ -59,7 +60,6 @@ def embed(
 
     Manifest.load(folder)  # before minutes are spent on loading encoders
 
-    from t2i_experts.cli.shards import _progress
     from t2i_experts.conditioning.conditioner import TextConditioner
     from t2i_experts.conditioning.stored import text_encoders, text_features
     from t2i_experts.shards.embed import embed_shards
@@ -71,7 +71,7 @@ def embed(
     conditioner = TextConditioner.from_config(text, device=_device(device))
     records = [encoder_record(name, encoder, conditioner.fingerprint(name)) for name, encoder in text.items()]
     try:
-        with _progress("embedding") if _shows_progress() else contextlib.nullcontext(_silent) as progress:
+        with progress_bar("embedding") if _shows_progress() else contextlib.nullcontext(_silent) as progress:
             result = embed_shards(
                 folder,
                 out,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,8 @@ from t2i_experts.shards.writer import TarWriter, write_manifest
 from t2i_experts.types import TextFeatures
 
 _SAMPLES_AT_ONCE = 512
+_BYTES_AT_ONCE = 2**26
+"""Of samples that are read, and their captions encoded, at once, whichever is reached first."""
 
 Encode = Callable[[Sequence[str]], Mapping[str, Sequence[TextFeatures]]]
 """Captions to the features of each of them, by encoder."""
@@ -152,8 +154,9 @@ def _embed_tar(
     rows = index.rows() if isinstance(index, IndexFile) else index
     writer = TarWriter(out / entry.file, records, entry.sha256)
     try:
-        for start in range(0, len(rows), _SAMPLES_AT_ONCE):
-            samples = list(_read(folder / entry.file, rows[start : start + _SAMPLES_AT_ONCE], result.unreadable))
+        done = 0
+        for some in _chunks(rows):
+            samples = list(_read(folder / entry.file, some, result.unreadable))
             features = encode([caption for sample in samples for caption in sample.captions])
             at = 0
             for sample in samples:
@@ -167,7 +170,8 @@ def _embed_tar(
                 at = here.stop
             result.samples += len(samples)
             result.captions += at
-            progress(min(start + _SAMPLES_AT_ONCE, len(rows)))
+            done += len(some)
+            progress(done)
         writer.finish()
     except BaseException:
         writer.abandon()
@@ -175,8 +179,23 @@ def _embed_tar(
     result.tars += 1
 
 
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The rows in their order, so many at a time as may be read at once, and at least one."""
+    chunk: list[Row] = []
+    held = 0
+    for row in rows:
+        size = row.image[1] + row.text[1] + row.fields[1]
+        if chunk and (len(chunk) == _SAMPLES_AT_ONCE or held + size > _BYTES_AT_ONCE):
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(row)
+        held += size
+    if chunk:
+        yield chunk
+
+
 def _read(tar: Path, rows: Sequence[Row], unreadable: list[Unreadable]) -> Iterator[_Sample]:
-    """The samples of these rows, but for those that cannot be read, which are noted."""
+    """The samples of these rows, but for those that are broken, which are noted. Raises OSError, which names the tar, if reading fails."""
     with open(tar, "rb") as file:
         for row in rows:
             try:
@@ -190,5 +209,7 @@ def _read(tar: Path, rows: Sequence[Row], unreadable: list[Unreadable]) -> Itera
             except ValueError as error:
                 unreadable.append(Unreadable(str(tar), row.key, str(error)))
                 continue
+            except OSError as error:  # which may pass: the sample is not left out for good
+                raise OSError(error.errno, error.strerror, str(tar)) from error
             members = {extension: image, "json": fields, "txt": text}
             yield _Sample(row.key, {name: data for name, data in members.items() if data is not None}, captions, size)

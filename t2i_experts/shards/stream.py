@@ -111,6 +111,7 @@ def open_batches(
     rank: int,
     world_size: int,
     workers: int,
+    give_up: Callable[[], bool] | None = None,
 ) -> Generator[Batch, None, None]:
     """`open_loader`, of a stream too.
 
@@ -133,6 +134,7 @@ def open_batches(
         rank=rank,
         world_size=world_size,
         workers=workers,
+        give_up=give_up,
     )
 
 

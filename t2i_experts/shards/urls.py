@@ -4,7 +4,7 @@
     pipe:aws s3 cp s3://BUCKET/7.tar -  what a shell command writes to its standard output
     s3://BUCKET/7.tar, gs://, file://   whatever fsspec has a file system for
 
-webdataset opens the pipes. Its own way to HTTP is not taken: `curl -s` with no limit on a server that stalls, thirty retries of its own,
+webdataset holds the pipes. Its own way to HTTP is not taken: `curl -s` with no limit on a server that stalls, thirty retries of its own,
 and no other word on what went wrong than an exit code.
 """
 
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
+import signal
 import subprocess
 import tarfile
 import urllib.error
@@ -28,6 +30,7 @@ MAX_TARS = 2**20
 _TIMEOUT = 30  # seconds without a byte from an HTTP server, or for a command to end that has written everything
 _GONE = (404, 410)
 _RANGE = re.compile(r"\{(-?[0-9]+)\.\.(-?[0-9]+)")
+_WATCH = 'read -r line; kill -s KILL -- "-$1"'
 
 
 class ByteStream(Protocol):
@@ -96,13 +99,21 @@ def open_url(url: str) -> Iterator[ByteStream]:
 
 @contextmanager
 def _open_pipe(url: str) -> Iterator[ByteStream]:
-    from webdataset.gopen import gopen, set_options
+    """What a command writes. It ends with this context, and with this process however that ends, and so does all that it has started."""
+    from webdataset import utils
+    from webdataset.gopen import Pipe
 
-    pipe = gopen(url, "rb")
-    set_options(pipe, ignore_errors=True)  # its own message is a dump of arguments, and it may come before the last bytes
+    if utils.enforce_security:
+        raise ValueError("WDS_SECURE in the environment forbids pipes")
+    command = url.partition(":")[2]  # ignore_errors: its own message is a dump of arguments, and it may come before the last bytes
+    pipe = Pipe(command, mode="rb", shell=True, stdin=subprocess.DEVNULL, start_new_session=True, ignore_errors=True)
     try:
-        yield pipe
-        status = pipe.proc.wait(_TIMEOUT)
+        with _killed_with_this_process(pipe.proc.pid):
+            yield pipe
+            try:
+                status = pipe.proc.wait(_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                raise OSError(f"the command has not ended {_TIMEOUT} s after its last byte") from None
         if status:
             raise OSError(f"the command ended with exit code {status}")
     except (ValueError, tarfile.TarError) as error:  # what was read is no tar; that the command failed says more
@@ -111,8 +122,25 @@ def _open_pipe(url: str) -> Iterator[ByteStream]:
                 raise OSError(f"the command ended with exit code {status}") from error
         raise
     finally:
-        pipe.proc.kill()  # of no effect on one that has ended
+        if pipe.proc.poll() is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it is ending
+                os.killpg(pipe.proc.pid, signal.SIGKILL)
         pipe.close()
+
+
+@contextmanager
+def _killed_with_this_process(group: int) -> Iterator[None]:
+    """Has a process group killed if this process ends within the context, even by SIGKILL.
+
+    A shell waits for the end of its input, of which this process alone holds the other end.
+    """
+    null = subprocess.DEVNULL
+    shell = ["/bin/sh", "-c", _WATCH, "sh", str(group)]
+    with subprocess.Popen(shell, stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True) as watch:
+        try:
+            yield
+        finally:
+            watch.kill()
 
 
 def is_gone(error: Exception) -> bool:

@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from t2i_experts.training.processes import SAVING_MAY_TAKE
 
 
 class StopRequest:
-    """Collects requests to stop while it is entered; each step is framed by `ask` and `agreed`.
+    """Collects requests to stop while it is entered, and brings the processes together before each step.
 
-    The processes agree over the CPU's network while the step computes, so that none waits for its device. A second Ctrl-C interrupts at
-    once. Signals are only watched where Python delivers them, in the main thread.
+    None begins a step, in which it would wait for the others without hearing anything, before all have its data; one that has to wait for
+    data says so every second, so that all hear within a second or two that any has been told to stop. They agree over the CPU's network
+    and wait for no device. A second Ctrl-C interrupts at once. Signals are only watched where Python delivers them, in the main thread.
     """
 
     def __init__(self, max_minutes: float = 0.0) -> None:
@@ -29,7 +29,6 @@ class StopRequest:
         self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._group: Any = dist.new_group(backend="gloo", timeout=SAVING_MAY_TAKE) if several else None
-        self._asked: tuple[Tensor, Any] | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -46,16 +45,24 @@ class StopRequest:
         if self.signal is signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def ask(self) -> None:
-        """Begins to ask all processes whether any has been told to stop. Every process must call it equally often."""
-        wanted = torch.tensor(int(self.signal is not None or time.monotonic() > self._deadline))
-        work = dist.all_reduce(wanted, dist.ReduceOp.MAX, group=self._group, async_op=True) if self._group is not None else None
-        self._asked = wanted, work
+    def give_up(self) -> bool:
+        """To be asked every second or so by a process that waits for the data of its next step: whether the run stops before that step."""
+        return self._agree(ready=False)[1]
 
-    def agreed(self) -> bool:
-        """The answer to the last `ask`, the same on all processes."""
-        assert self._asked is not None
-        wanted, work = self._asked
-        if work is not None:
-            work.wait()
-        return bool(wanted)
+    def before_step(self) -> tuple[bool, bool]:
+        """Waits until all processes have the data of their next step, as this one has, or one of them is told to stop.
+
+        Returns, the same on all of them, whether they make the step and whether they stop after it (or without it).
+        """
+        ready = told = False
+        while not (ready or told):
+            ready, told = self._agree(ready=True)
+        return ready, told
+
+    def _agree(self, *, ready: bool) -> tuple[bool, bool]:
+        """Whether all processes are ready, and whether any has been told to stop. All call it equally often."""
+        told = self.signal is not None or time.monotonic() > self._deadline
+        either = torch.tensor([not ready, told], dtype=torch.int32)
+        if self._group is not None:
+            dist.all_reduce(either, dist.ReduceOp.MAX, group=self._group)
+        return not either[0], bool(either[1])

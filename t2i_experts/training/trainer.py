@@ -7,10 +7,11 @@ seed and of positions, so a run that is killed and started again with the same c
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import signal
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
 import torch
@@ -149,17 +150,20 @@ class Trainer:
     def _train(self, stop: StopRequest) -> None:
         """Steps from where the run stands to its end, or until it is told to stop."""
         training = self.config.training
-        with contextlib.closing(self._batches()) as batches:
+        with contextlib.closing(self._batches(stop.give_up)) as batches:
             window, waited, window_images = time.monotonic(), 0.0, 0
             stopping = False
             while self.state.images_seen < training.images and not stopping:
-                before = self.state.images_seen
-                stop.ask()
-                waited += self._step(batches)
-                stopping = stop.agreed()
-                window_images += training.batch_size
-                self.log.advance(training.batch_size)
-                if self._due(before, training.log_every_images) or stopping:
+                before, asked = self.state.images_seen, time.monotonic()
+                batch = list(itertools.islice(batches, training.accumulation))
+                given_up = len(batch) < training.accumulation
+                together, stopping = (False, True) if given_up else stop.before_step()
+                waited += time.monotonic() - asked
+                if together:
+                    self._step(batch)
+                    window_images += training.batch_size
+                    self.log.advance(training.batch_size)
+                if self._due(before, training.log_every_images) or (stopping and self._recent):
                     self._report(window, waited, window_images)
                     window, waited, window_images = time.monotonic(), 0.0, 0
                 window += self._tend(before, last=stopping)
@@ -198,9 +202,12 @@ class Trainer:
         counts = self.reader.bucket_samples() if isinstance(self.reader, ShardReader) else {}
         return {"buckets": counts} if counts else {}
 
-    def _batches(self) -> Generator[Batch, None, None]:
-        """This process's micro-batches from where the run stands, without end."""
-        training = self.config.training
+    def _batches(self, give_up: Callable[[], bool] | None = None) -> Generator[Batch, None, None]:
+        """This process's micro-batches from where the run stands, without end unless it is to `give_up` while it waits for one.
+
+        Shards behind URLs are read by a worker at least: this process could not hear anything while it waits for them.
+        """
+        training, workers = self.config.training, self.config.data.workers
         return open_batches(
             self.reader,
             self.task.collate(),
@@ -210,21 +217,19 @@ class Trainer:
             accumulation=training.accumulation,
             rank=self.rank,
             world_size=self.world_size,
-            workers=self.config.data.workers,
+            workers=max(1, workers) if isinstance(self.reader, StreamReader) else workers,
+            give_up=give_up,
         )
 
-    def _step(self, batches: Iterator[Batch]) -> float:
-        """One optimiser step. Returns the seconds that were spent waiting for data."""
-        training, waited = self.config.training, 0.0
+    def _step(self, batches: Iterable[Batch]) -> None:
+        """One optimiser step, on the next micro-batches."""
+        training = self.config.training
         rate = self.state.rate_scale * learning_rate(training.optimizer, self.state.images_seen, training.images)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         keys: list[str] = []
         losses: list[Tensor] = []
-        for micro in range(training.accumulation):
-            asked = time.monotonic()
-            batch = next(batches)
-            waited += time.monotonic() - asked
+        for micro, batch in enumerate(itertools.islice(batches, training.accumulation)):
             last = micro == training.accumulation - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 losses.append(add_gradients(self.task, self.model, batch, training.accumulation, self.weighting))
@@ -236,7 +241,6 @@ class Trainer:
         self.state.images_seen += training.batch_size
         self.ema.update(self.network, training.batch_size, self.state.images_seen)
         self._recent.append((keys, torch.cat(losses), norm))
-        return waited
 
     def _due(self, before: int, every: int) -> bool:
         """Whether the step from `before` to images_seen crossed a multiple of `every`, or was the last one."""
@@ -250,7 +254,7 @@ class Trainer:
             self._due(before, training.validation.every_images) and self.validation is not None,
             self._due(before, training.preview.every_images) and bool(training.preview.prompts),
             self._due(before, training.ema.snapshot_every_images),
-            self._due(before, training.checkpoint_every_images) or last,
+            self._due(before, training.checkpoint_every_images) or (last and not self._saved()),
         ]
         if not any(due):
             return 0.0
@@ -362,6 +366,11 @@ class Trainer:
             self._save_models(best=best)
             self.log.report()
         self.accelerator.wait_for_everyone()
+
+    def _saved(self) -> bool:
+        """Whether there is a checkpoint of where the run stands, as when it stops before a step."""
+        newest = agreed_checkpoint(self.root)
+        return newest is not None and int(newest.name) == self.state.images_seen
 
     def _validation(self, loss: float | None) -> Validation | None:
         """A validation loss with what it was measured on."""

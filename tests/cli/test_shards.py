@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from t2i_experts.cli.app import main
-from t2i_experts.cli.shards import _progress
+from t2i_experts.cli.progress import progress_bar
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -242,7 +242,7 @@ def test_stats_warns_where_sigma_data_is_far_off(tmp_path: Path, capsys: pytest.
 
 def test_the_bar_counts_what_this_run_does(capsys: pytest.CaptureFixture[str]) -> None:
     """Its rate begins where the interrupted build stopped, and listing has a bar of its own."""
-    with _progress("building") as progress:
+    with progress_bar("building") as progress:
         for i in range(1, 6):
             progress(i, None)
         progress(3, 5)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from t2i_experts.shards import embed as embed_module
 from t2i_experts.shards.check import check_shards
 from t2i_experts.shards.embed import EmbedResult, embed_shards
 from t2i_experts.shards.format import MANIFEST, EncoderRecord, Manifest
@@ -129,6 +132,43 @@ def test_a_sample_that_cannot_be_read_is_left_out_and_named(source: Path, tmp_pa
     (what,) = result.unreadable
     assert what.key == "00005" and result.manifest is not None and result.manifest.samples == 17
     assert check_shards(tmp_path / "out").problems == []
+
+
+@pytest.mark.parametrize("most", [1, 1500])
+def test_samples_are_read_by_so_many_bytes_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """One that alone has more comes alone, and what is written does not change."""
+    embed(source, tmp_path / "whole")
+    pread, reading, progress = os.pread, [0], list[int]()
+
+    def counted(file: int, size: int, offset: int) -> bytes:
+        reading[-1] += size
+        return pread(file, size, offset)
+
+    def encode_after(captions: Sequence[str]) -> Mapping[str, list[TextFeatures]]:
+        reading.append(0)
+        return encode(captions)
+
+    monkeypatch.setattr(embed_module, "_BYTES_AT_ONCE", most)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", counted)
+        embed_shards(source, tmp_path / "out", (T5, CLIP), encode_after, progress=lambda done, total: progress.append(done))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    pieces = len(reading) - 1
+    assert pieces == 18 if most == 1 else 4 < pieces < 18 and max(reading) <= most
+    assert progress == sorted(progress) and progress[-1] == 18
+
+
+def test_a_disk_that_fails_is_an_error_that_names_the_tar(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The samples are not left out, as broken ones are: the same command goes on when the disk does."""
+
+    def failing(file: int, size: int, offset: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"Input/output error: '\S+/source/00000\.tar'$"):
+        patch.setattr(os, "pread", failing)
+        embed(source, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tar"))
+    assert embed(source, tmp_path / "out").samples == 18
 
 
 def test_what_does_not_fit_is_refused(source: Path, tmp_path: Path, make_shards: MakeShards) -> None:

@@ -10,10 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from t2i_experts.shards import loader
 from t2i_experts.shards.loader import open_loader, position_batches
 from t2i_experts.shards.reader import Sample, ShardReader
 
@@ -115,9 +117,45 @@ def test_a_broken_sample_is_one_plain_message(tmp_path: Path, reader: ShardReade
         list(open_loader(reader, collate, start=0, stop=4, batch_size=4, accumulation=1, rank=0, world_size=1, workers=workers))
 
 
+class Slow:
+    """A reader whose fifth sample lets one wait."""
+
+    buckets = None
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __getitem__(self, position: int) -> Any:
+        time.sleep(self.seconds if position == 4 else 0)
+        return position
+
+
+@pytest.mark.parametrize("last_time", [None, 3])
+def test_who_waits_is_asked_whether_to_go_on(monkeypatch: pytest.MonkeyPatch, last_time: int | None) -> None:
+    """Again and again. Waiting on loses nothing; who gives up gets no more batches, and no workers are left."""
+    monkeypatch.setattr(loader, "_PATIENCE", 0.1)
+    times = itertools.count(1)
+    options: dict[str, Any] = {"start": 0, "stop": 8, "batch_size": 2, "accumulation": 1, "rank": 0, "world_size": 1, "workers": 2}
+    batches = open_loader(Slow(30 if last_time else 0.5), list, give_up=lambda: next(times) == last_time, **options)
+    assert list(batches) == [[0, 1], [2, 3], [4, 5], [6, 7]][: 2 if last_time else 4]
+    asked = next(times) - 1
+    assert asked == last_time if last_time else 1 <= asked <= 5
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_dies_is_not_taken_for_a_slow_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "_PATIENCE", 0.1)
+    options: dict[str, Any] = {"start": 0, "stop": 8, "batch_size": 2, "accumulation": 1, "rank": 0, "world_size": 1, "workers": 1}
+    batches = open_loader(Slow(30), list, give_up=lambda: [worker.kill() for worker in multiprocessing.active_children()] == [], **options)
+    with pytest.raises(RuntimeError, match="worker"):
+        list(batches)
+    assert not multiprocessing.active_children()
+
+
 PARENT = """
 import os, signal, sys
 import torch
+from t2i_experts.shards import loader
 from t2i_experts.shards.loader import open_loader
 from t2i_experts.shards.reader import ShardReader
 
