@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import dataclasses
 import gzip
+import lzma
 import os
 import tarfile
 from collections.abc import Callable
@@ -107,12 +109,27 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
         scan(tmp_path / "x.tar")
 
 
-def test_damaged_and_compressed_tars_are_refused(tmp_path: Path, write_tar: WriteTar) -> None:
+def test_damaged_tars_are_refused(tmp_path: Path, write_tar: WriteTar) -> None:
     path = write_tar(tmp_path / "x.tar", [(f"{i}.jpg", bytes(5000)) for i in range(5)])
     data = path.read_bytes()
-    for broken in (data[:7000], gzip.compress(data), b"\xff" * 2000, data[:5632] + b"\xff" * 512 + data[6144:], data + data, data[:28160]):
+    for broken in (data[:7000], b"\xff" * 2000, data[:5632] + b"\xff" * 512 + data[6144:], data + data, data[:28160]):
         path.write_bytes(broken)
         with pytest.raises(ValueError, match="cannot be read as an uncompressed tar"):
+            scan(path)
+
+
+def test_compressed_tars_are_named_with_the_command_that_undoes_it(tmp_path: Path, write_tar: WriteTar) -> None:
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"A"), ("a.txt", b"a")])
+    data = path.read_bytes()
+    zstd = b"\x28\xb5\x2f\xfd" + data[:100]  # only its first bytes are looked at
+    for command, packed in (
+        ("gunzip", gzip.compress(data)),
+        ("bunzip2", bz2.compress(data)),
+        ("unxz", lzma.compress(data)),
+        ("unzstd", zstd),
+    ):
+        path.write_bytes(packed)
+        with pytest.raises(ValueError, match=f"-compressed; .*: {command} < "):
             scan(path)
 
 
