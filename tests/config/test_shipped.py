@@ -81,7 +81,7 @@ def test_a_mistake_is_told_of_the_file_that_makes_it() -> None:
 
 
 def test_an_encoder_by_a_wrong_name() -> None:
-    with pytest.raises(ValueError, match=r"stage\.encoders\.clip_txt\.kind: .*did you mean stage\.encoders\.clip_text\?"):
+    with pytest.raises(ValueError, match=r"value: stage\.encoders\.clip_txt\.kind, .*did you mean stage\.encoders\.clip_text\?"):
         load_config("tiny/base64", ["stage.encoders.clip_txt.drop=0.1"])
     with pytest.raises(ValueError, match=r"beside 'q', stage\.encoders has t5, clip_text, clip_image"):
         load_config("tiny/base64", ["stage.encoders.q.drop=0.1"])

@@ -57,7 +57,8 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, encode: Encode) -
     (source / "4.txt").write_bytes(b"caf\xe9")
     (source / "5.png").write_bytes((source / "5.jpg").read_bytes())  # a JPEG under another name
     manifest, skipped = build_shards(source, tmp_path / "out", None, BuildOptions())
-    assert skipped.counts == {"caption file cannot be read": 1, "picture without a caption": 2, "picture cannot be decoded": 2}
+    latin = "caption file is not UTF-8; it may be Latin-1: convert it with iconv -f latin1 -t utf-8 OLD > NEW"
+    assert skipped.counts == {latin: 1, "picture without a caption": 2, "picture cannot be decoded": 2}
     assert [name.split(":")[0] for name in skipped.first["picture cannot be decoded"]] == ["0.jpg", "1.jpg"]
     assert manifest.samples == 5
     assert not check_shards(tmp_path / "out").problems
