@@ -183,7 +183,7 @@ def throughput(config: RunConfig, missing: tuple[str, ...], measured: MeasuredSt
 
     try:
         found = measure_loader(config, missing=missing, processes=processes)
-    except ValueError as error:
+    except (ValueError, TimeoutError) as error:
         return [Finding("loader", "nothing could be read", problem=f"data.train: {error}")]
     text = f"{found.samples_per_second:,} samples/s a process, {found.workers} workers"
     text += f"; without the tokens of {', '.join(missing)}" if missing else ""

@@ -24,3 +24,11 @@ def open_training_shards(config: RunConfig, *, processes: int, progress: bool = 
         buckets=Buckets(shapes, config.training.batch_size) if shapes else None,
         progress=progress,
     )
+
+
+def loader_workers(config: RunConfig, reader: ShardReader | StreamReader, *, processes: int) -> int:
+    """How many workers read for one process: `data.workers`; of shards behind URLs at least one and at most one a tar, since who reads
+    these can do nothing else while their bytes do not come."""
+    if isinstance(reader, StreamReader):
+        return reader.workers(max(1, config.data.workers), processes)
+    return config.data.workers

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 
 from t2i_experts.conditioning.conditioner import PromptTokenizer
 from t2i_experts.config import EncoderConfig, RunConfig
-from t2i_experts.shards.stream import StreamReader, open_batches
-from t2i_experts.training.data import open_training_shards
+from t2i_experts.shards.stream import open_batches
+from t2i_experts.training.data import loader_workers, open_training_shards
 from t2i_experts.training.task import Collate
 
 SECONDS = 3.0  # of reading
+PATIENCE = 60.0  # seconds after which shards that bring nothing are given up
 _BATCH = 64  # at most: a batch of thousands would take longer than the whole measurement
 
 
@@ -32,20 +33,35 @@ def measure_loader(config: RunConfig, *, missing: tuple[str, ...] = (), processe
 
     missing: encoders that cannot be loaded. processes: of the run, of which one is measured.
 
-    Raises ValueError for shards that cannot be read.
+    Raises ValueError for shards that cannot be read, TimeoutError for those whose samples do not come within `PATIENCE`.
     """
     encoders: dict[str, EncoderConfig] = {name: e for name, e in config.stage.encoders.items() if name not in missing}
     size = min(_BATCH, config.training.batch_size)
     reader = open_training_shards(replace(config, training=replace(config.training, batch_size=size)), processes=processes)
-    workers = reader.workers(config.data.workers, processes) if isinstance(reader, StreamReader) else config.data.workers
+    workers = loader_workers(config, reader, processes=processes)
     rates = {name: encoder.drop for name, encoder in config.stage.encoders.items()}
     collate = Collate(PromptTokenizer.from_config(encoders), rates, config.training.seed)
-    batches = open_batches(reader, collate, start=0, stop=None, batch_size=size, accumulation=1, rank=0, world_size=1, workers=workers)
+    deadline = time.monotonic() + PATIENCE
+    batches = open_batches(
+        reader,
+        collate,
+        start=0,
+        stop=None,
+        batch_size=size,
+        accumulation=1,
+        rank=0,
+        world_size=1,
+        workers=workers,
+        give_up=lambda: time.monotonic() > deadline,
+    )
+    started, passed, read = time.monotonic(), 0.0, 0
     with contextlib.closing(batches):
-        for _ in range(max(workers, 1)):  # while the workers start
-            next(batches)
-        started, passed, read = time.monotonic(), 0.0, 0
-        while passed < SECONDS:
-            read += len(next(batches).keys)
+        for number, batch in enumerate(batches):
+            if number < max(workers, 1):  # while the workers start
+                started = time.monotonic()
+                continue
+            read += len(batch.keys)
             passed = time.monotonic() - started
-    return Throughput(round(read / passed, 1), read, workers, missing)
+            if passed >= SECONDS:
+                return Throughput(round(read / passed, 1), read, workers, missing)
+    raise TimeoutError(f"the training shards brought {read} samples in {PATIENCE:.0f} s, and then none")

@@ -24,7 +24,7 @@ from t2i_experts.config import RunConfig, to_plain, to_yaml
 from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.shards.reader import ShardReader
 from t2i_experts.shards.stream import StreamReader, open_batches
-from t2i_experts.training.data import open_training_shards
+from t2i_experts.training.data import loader_workers, open_training_shards
 from t2i_experts.training.divergence import LossWatch, TrainingDiverged
 from t2i_experts.training.ema import build_ema
 from t2i_experts.training.embeddings import open_conditioner, stored_embeddings
@@ -203,11 +203,8 @@ class Trainer:
         return {"buckets": counts} if counts else {}
 
     def _batches(self, give_up: Callable[[], bool] | None = None) -> Generator[Batch, None, None]:
-        """This process's micro-batches from where the run stands, without end unless it is to `give_up` while it waits for one.
-
-        Shards behind URLs are read by a worker at least: this process could not hear anything while it waits for them.
-        """
-        training, workers = self.config.training, self.config.data.workers
+        """This process's micro-batches from where the run stands, without end unless it is to `give_up` while it waits for one."""
+        training = self.config.training
         return open_batches(
             self.reader,
             self.task.collate(),
@@ -217,7 +214,7 @@ class Trainer:
             accumulation=training.accumulation,
             rank=self.rank,
             world_size=self.world_size,
-            workers=max(1, workers) if isinstance(self.reader, StreamReader) else workers,
+            workers=loader_workers(self.config, self.reader, processes=self.world_size),
             give_up=give_up,
         )
 

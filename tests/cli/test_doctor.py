@@ -172,3 +172,11 @@ def test_a_table_marks_problems_and_repeats_them() -> None:
     assert table(sections).splitlines() == ["disk", "! output  9 GiB", "  free    8 GiB", "", "note: hardly any", "! make room"]
     assert document(sections) == {"ok": False, "problems": ["make room"], "notes": ["hardly any"], "disk": {"output": 9, "free": 8}}
     assert [size(n) for n in (12, 2048, 3 * 2**20, 5 * 2**30)] == ["12 B", "2.0 KiB", "3.0 MiB", "5.0 GiB"]
+
+
+def test_shards_that_stall_are_given_up(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("t2i_experts.training.throughput.PATIENCE", 1)
+    (found,) = preflight.throughput(
+        load_config(write_config("run"), ["data.train=['pipe:sleep 60']", "data.workers=0"]), (), None, processes=1
+    )
+    assert found.problem == "data.train: the training shards brought 0 samples in 1 s, and then none"
