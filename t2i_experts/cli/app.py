@@ -35,6 +35,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "config": LazyCommand("t2i_experts.cli.config:app", "Show, check, compare, list and copy configs."),
     "shards": LazyCommand("t2i_experts.cli.shards:app", "Build, check, show and measure training data."),
     "doctor": LazyCommand("t2i_experts.cli.doctor:doctor", "Look at the installation, the machine and a config's needs."),
+    "bench": LazyCommand("t2i_experts.cli.bench:app", "Time this project's code beside strong baselines."),
     "plugins": LazyCommand("t2i_experts.cli.plugins:plugins", "List the plugins, and all parts that are chosen by name."),
     "completion": LazyCommand("t2i_experts.cli.completion:completion", "Print the script that makes a shell complete commands."),
 }

@@ -1,0 +1,28 @@
+"""What a benchmark runs on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import torch
+
+from t2i_experts import __version__
+
+
+def bench_device(name: str | None) -> torch.device:
+    """The named device, or CUDA if there is one, or the CPU. Raises ValueError for one that is not to be had."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device={name!r} is not to be had here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The machine and the versions that a result belongs to."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"device": name, "CPU cores": cores, "threads": torch.get_num_threads(), "torch": torch.__version__, "t2i-experts": __version__}
