@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from t2i_experts.cascade.graphs import GraphedDenoiser
 from t2i_experts.cascade.model_folder import LoadedModel, load_model
 from t2i_experts.cascade.picture import to_uint8
 from t2i_experts.cascade.stage import IMAGE_CHANNELS, Progress, Stage, check_shape
@@ -48,11 +49,18 @@ class CascadePipeline:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path | None = None, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        cls,
+        model: str | Path | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        compile: bool = False,
     ) -> CascadePipeline:
         """Loads a model folder or hub id; None is the model embedded in this package, which needs no network.
 
-        device: None takes the best there is. dtype: of the networks; None is bfloat16 on CUDA and float32 elsewhere.
+        device: None takes the best there is. dtype: of the networks; None is bfloat16 on CUDA and float32 elsewhere. compile: with
+        torch.compile, at the first evaluation of each batch size and shape, which takes a minute. Compiled or not, on CUDA an evaluation
+        is recorded at its first time and then replayed (`GraphedDenoiser`).
         Raises ValueError for a model that cannot be found or is not whole, and for a device that this machine lacks.
         """
         try:
@@ -61,7 +69,15 @@ class CascadePipeline:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device={str(device)!r} is not to be had here: {str(error).splitlines()[0]}") from error
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        return cls(load_model(model, device=device, dtype=dtype), device, dtype)
+        loaded = load_model(model, device=device, dtype=dtype)
+        if compile:
+            for stage in loaded.stages.values():
+                if isinstance(stage.denoiser, torch.nn.Module):
+                    stage.denoiser.compile(dynamic=False)
+        if device.type == "cuda":
+            stages = {name: replace(stage, denoiser=GraphedDenoiser(stage.denoiser)) for name, stage in loaded.stages.items()}
+            loaded = replace(loaded, stages=stages)
+        return cls(loaded, device, dtype)
 
     @property
     def base(self) -> Stage:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from t2i_experts.cli.options import Json, group
+from t2i_experts.cli.options import Json, complete_model, group
 
 if TYPE_CHECKING:
     from t2i_experts.bench.result import Result
@@ -32,6 +32,30 @@ def optimizer(
     from t2i_experts.bench.optimizer import bench_optimizer
 
     tell(bench_optimizer(parameters, bench_device(device), repeats=repeats), as_json)
+
+
+@app.command()
+def sample(
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model folder or hub id; default: the embedded model.", show_default=False, autocompletion=complete_model),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of DPM-Solver++(2M).")] = 25,
+    batch_size: Annotated[int, typer.Option(help="Pictures that are drawn together.")] = 1,
+    compile: Annotated[bool, typer.Option("--compile", help="Also measure compiled code.")] = False,
+    repeats: Repeats = 10,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """From a prompt to a picture: every kernel by itself, beside evaluations replayed as CUDA graphs and compiled ones."""
+    for name, value in (("steps", steps), ("batch-size", batch_size)):
+        if value < 1:
+            raise ValueError(f"--{name}={value} must be at least 1")
+
+    from t2i_experts.bench.machine import bench_device
+    from t2i_experts.bench.sample import bench_sample
+
+    tell(bench_sample(model, bench_device(device), steps=steps, batch=batch_size, compile=compile, repeats=repeats), as_json)
 
 
 def tell(result: Result, as_json: bool) -> None:

@@ -46,6 +46,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(help="Pictures that are computed together.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: bfloat16 on CUDA.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the network first: a minute that pays for many pictures.")] = False,
     as_json: Json = False,
 ) -> None:
     """Make pictures from a prompt."""
@@ -83,7 +84,7 @@ def generate(
     except ValueError as error:
         raise ValueError(f"--style={style}: {error}") from error
     shape = picture_shape(model, size, width, height)
-    pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
+    pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=getattr(torch, dtype) if dtype else None, compile=compile)
     settings = pipeline.settings(**given)
     refuse_what_would_be_ignored(pipeline, settings, negative, style)
     read = [*dict.fromkeys([*texts, negative])]

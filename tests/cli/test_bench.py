@@ -28,3 +28,10 @@ def test_optimizer(bench: Any) -> None:
     assert own["ratio"] == pytest.approx(baseline["seconds"] / own["seconds"])
     assert max(baseline["error"], own["error"]) < 5e-3  # float32's rounding of weights, of which a step changes little
     assert own["floor"] > 0.3
+
+
+def test_sample(bench: Any) -> None:
+    rows = bench("sample", "--steps", "2", "--repeats", "1", "--device", "cpu")
+    assert list(rows) == ["eager"]
+    assert rows["eager"]["error"] == 0  # float32 beside float32
+    assert rows["eager"]["compilations"] == rows["eager"]["breaks"] == 0

@@ -1,0 +1,90 @@
+"""Evaluations of a denoiser as CUDA graphs: one launch each, where hundreds take the CPU longer than the GPU takes to compute."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2i_experts.diffusion.guidance import prepare
+from t2i_experts.types import Conditioning, Denoiser
+
+_WARM_UP = 2  # evaluations before one is recorded: kernels are loaded and chosen, and compiled code is compiled
+
+
+class GraphedDenoiser:
+    """A `Denoiser` around another on CUDA, which records each kind of evaluation once and then replays it.
+
+    A kind is given by the shapes of x and of the prepared conditioning; x, sigma and the prompt are copied into the tensors that the graph
+    reads, on the device. What cannot be replayed is evaluated as ever: on other devices, with gradients, sigmas of (B,), a conditioning
+    that is not prepared, and a network that CUDA cannot record, of which a warning tells.
+
+    The weights are read where they lie: they may change, but not move.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+        self._graphs: dict[Hashable, _Graph | None] = {}
+        self._pool: Any = None  # one for all graphs, of which only one runs at a time
+
+    def prepare(self, conditioning: Conditioning) -> Conditioning:
+        """What the denoiser inside makes of the conditioning."""
+        return prepare(self.denoiser, conditioning)
+
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """The estimate of the denoiser inside, (B, C, H, W)."""
+        if not x.is_cuda or sigma.ndim or not conditioning.projected or torch.is_grad_enabled():
+            return self.denoiser(x, sigma, conditioning)
+        kind = (x.shape, x.stride(), x.dtype, *((name, t.shape, t.dtype) for name, t in conditioning.projected.items()))
+        if kind not in self._graphs:
+            self._graphs[kind] = self._record(x, sigma, conditioning)
+        graph = self._graphs[kind]
+        return self.denoiser(x, sigma, conditioning) if graph is None else graph(x, sigma, conditioning)
+
+    def _record(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> _Graph | None:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            return _Graph(self.denoiser, x, sigma, conditioning, self._pool)
+        except RuntimeError as error:
+            warnings.warn(f"the denoiser cannot be recorded as a CUDA graph, and every kernel is launched by itself: {error}", stacklevel=3)
+            return None
+
+
+class _Graph:
+    """One recorded evaluation, with the tensors that it reads and writes."""
+
+    def __init__(self, denoiser: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning, pool: Any) -> None:
+        """Raises RuntimeError for a denoiser that waits for the device."""
+        self._x = torch.empty_like(x)
+        self._sigma = torch.empty((), device=x.device)
+        self._projected = {name: torch.empty_like(tensor) for name, tensor in conditioning.projected.items()}
+        self._holds: Conditioning | None = None
+        self._fill(x, sigma, conditioning)
+        inputs = (self._x, self._sigma, Conditioning(conditioning.embeddings, self._projected))
+        stream = torch.cuda.Stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                denoiser(*inputs)
+        torch.cuda.current_stream(x.device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream):
+            self._denoised = denoiser(*inputs)
+
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        self._fill(x, sigma, conditioning)
+        self._graph.replay()
+        return self._denoised.clone()
+
+    def _fill(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> None:
+        self._x.copy_(x)
+        if sigma.device == self._sigma.device:
+            self._sigma.copy_(sigma)
+        else:
+            self._sigma.fill_(float(sigma))  # a number goes along with its kernel, and nothing waits
+        if conditioning is not self._holds:
+            torch._foreach_copy_(list(self._projected.values()), [conditioning.projected[name] for name in self._projected])
+            self._holds = conditioning
