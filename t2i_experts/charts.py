@@ -5,6 +5,7 @@ Lines are drawn at three times the size and reduced, which smooths them; text co
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -154,8 +155,8 @@ def draw_captioned(pictures: Sequence[tuple[Image.Image, str]], columns: int, si
         x, y = i % columns * cell, i // columns * row_height
         filtering = Image.Resampling.NEAREST if max(picture.size) <= side else Image.Resampling.LANCZOS
         sheet.paste(picture.convert("RGB").resize((side, side), filtering), (x, y))
-        wrapped = [line for paragraph in caption.splitlines() for line in _wrapped(paragraph, side, lines)]
-        for j, line in enumerate(wrapped[:lines]):
+        wrapped = (line for paragraph in caption.splitlines() for line in _wrapped(paragraph, side, lines))
+        for j, line in enumerate(itertools.islice(wrapped, lines)):
             pen.text((x, y + side + 2 + j * line_height), line, INK, font)
     return sheet
 

@@ -117,6 +117,8 @@ def test_a_file_that_is_no_config(base: Path, text: str, said: str) -> None:
 def test_no_file_and_no_text(base: Path) -> None:
     assert "not found" in error_of(base.with_name("nowhere.yaml"))
     assert f"CONFIG='{base.parent}' is a folder, which holds the YAML files {base};" in error_of(base.parent)
+    assert f"extends='.' is a folder, which holds the YAML files {base}" in error_of(child(base, "extends: .\n"))
+    assert "folder" not in error_of("")
     base.write_bytes(b"output: \xff\xfe")
     assert str(base) in error_of(base)
 

@@ -160,12 +160,14 @@ def load_model(model: str | Path | None, *, device: torch.device | str = "cpu", 
     path = folder / config.name / WEIGHTS
     weights = _read_weights(path)
     stage = Stage(config, _denoiser(config, weights, path, device, dtype), sampling)
+    fingerprint = _digest(weights)[:16]
+    del weights  # mapped into memory: nothing must read them once the file may have been written over
     conditioner = TextConditioner.from_config(config.encoders, root=folder, device=device)
     provenance = _read_json(folder / INDEX).get("provenance") or {}
     if not isinstance(provenance, dict):
         raise ValueError(f"{folder / INDEX}: provenance={provenance!r} must be a JSON object")
     source = "embedded" if model is None else str(model)
-    return LoadedModel({config.name: stage}, conditioner, _digest(weights)[:16], source, provenance)
+    return LoadedModel({config.name: stage}, conditioner, fingerprint, source, provenance)
 
 
 def read_configs(folder: Path) -> tuple[StageConfig, SamplingConfig]:

@@ -11,10 +11,12 @@ import difflib
 import importlib
 import io
 import os
+import select
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -109,14 +111,24 @@ class Root(Group):
             ctx.fail(f"unknown command {name!r}.{hint} Allowed: {', '.join(names)}.")
         return super().resolve_command(ctx, args)
 
-    def invoke(self, ctx: Any) -> Any:
-        """Runs the command. Ctrl-C is never silent: it says what the KeyboardInterrupt says, or `interrupted`, and ends with 130."""
+    def invoke(self, ctx: Any) -> None:
+        """Runs the command; what it returns is dropped, for Click would take it for the exit code.
+
+        Ctrl-C is never silent: it says what the KeyboardInterrupt says, or `interrupted`, and ends with 130. Click takes every EOFError for
+        a user who leaves, and every broken pipe for a reader of stdout that went away: what is neither is told as the error that it is.
+        """
         try:
-            return super().invoke(ctx)
+            super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
             if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes that a launcher started on this host, one says it
                 print(*interrupt.args or ["interrupted"], file=sys.stderr)
             raise typer.Exit(130) from interrupt
+        except EOFError as error:
+            raise RuntimeError(f"unexpected end of file: {error}") from error
+        except BrokenPipeError as error:
+            if _has_a_reader(sys.stdout):
+                raise RuntimeError(str(error)) from error
+            raise
 
 
 def load(name: str, command: LazyCommand) -> Any:
@@ -166,6 +178,9 @@ def report(error: Exception, *, debug: bool) -> int:
     """
     if isinstance(error, UsageError):
         return _report_usage(error)
+    if isinstance(error, typer.Abort):
+        print("aborted", file=sys.stderr)
+        return 1
     if debug:
         traceback.print_exception(error)
     if isinstance(error, ValueError):
@@ -200,19 +215,18 @@ def _error_mark() -> str:
 def main(argv: Sequence[str] | None = None, table: Mapping[str, LazyCommand] = COMMANDS) -> None:
     """Runs the command line on `argv` (default: the process's own arguments). Always raises SystemExit with the exit code."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait took up to seven times as long on busy cores
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # Pillow's: who reads pictures has a limit, and names what exceeds it
     session = {"debug": False}
     try:
         with _answering_a_shell():
-            code = build_root(table).main(args=argv, prog_name=PROGRAM, obj=session, standalone_mode=False)
-        raise SystemExit(code if isinstance(code, int) else 0)  # a command returns nothing; typer.Exit comes as its code
+            code = build_root(table).main(args=argv, prog_name=PROGRAM, obj=session, standalone_mode=False) or 0  # that of typer.Exit
     except Exception as error:
         code = report(error, debug=session["debug"])
-        if _one_of_several_processes():
-            _flush()
-            os._exit(code)
-        raise SystemExit(code) from None
     finally:
         _flush()
+    if code and _one_of_several_processes():
+        os._exit(code)
+    raise SystemExit(code)
 
 
 def _one_of_several_processes() -> bool:
@@ -233,6 +247,16 @@ def _answering_a_shell() -> Iterator[None]:
     completion_init()
     with contextlib.redirect_stderr(io.StringIO()):
         yield
+
+
+def _has_a_reader(stream: TextIO) -> bool:
+    """Whether what is written arrives somewhere, as far as the system tells."""
+    try:
+        asked = select.poll()
+        asked.register(stream.fileno(), 0)
+    except (OSError, AttributeError):  # no file, or a system without poll
+        return True
+    return not any(event & select.POLLERR for _, event in asked.poll(0))
 
 
 def _flush() -> None:

@@ -53,9 +53,9 @@ def _requirements() -> tuple[list[str], str]:
 
     From pyproject.toml where that is beside the package: a checkout goes on, and the metadata of an editable installation stays behind.
     """
-    if not PYPROJECT.is_file():
+    project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8")).get("project", {}) if PYPROJECT.is_file() else {}
+    if project.get("name") != DISTRIBUTION:  # another's may lie beside an installed package
         return metadata.requires(DISTRIBUTION) or [], metadata.metadata(DISTRIBUTION)["Requires-Python"] or ""
-    project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     optional = [f"{one}; extra == '{extra}'" for extra, some in project["optional-dependencies"].items() for one in some]
     return [*project["dependencies"], *optional], project["requires-python"]
 

@@ -89,7 +89,7 @@ def check(
 ) -> None:
     """Check every byte, image and caption of shard folders; exit with 1 if something is wrong.
 
-    Each folder is checked by itself, and one that cannot be checked (exit code 2) does not keep the others from it.
+    Each folder is checked by itself: one that cannot be checked (exit code 2, or 1 if reading fails) does not keep the others from it.
     """
     from t2i_experts.shards.check import check_shards
 
@@ -99,12 +99,12 @@ def check(
         try:
             with progress_bar("checking") as progress:
                 report = check_shards(folder, write_manifest=write_manifest, workers=_workers(workers), progress=progress)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             if len(folders) == 1:
                 raise
             typer.echo(f"error: {error}", err=True)
             documents.append({"folder": str(folder), "good": False, "error": str(error)})
-            worst = 2
+            worst = max(worst, 2 if isinstance(error, ValueError) else 1)
             continue
         documents.append(_report(report, write_manifest))
         worst = max(worst, 1 if report.problems else 0)

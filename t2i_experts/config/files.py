@@ -40,7 +40,8 @@ def read_files(config: str | Path, beside: Path | None = None, chain: tuple[Path
     try:
         path = find_config(config, beside)
     except ValueError as error:
-        message = _no_config(config if beside is None else beside / config) or str(error)
+        meant = Path(config) if beside is None else beside / config
+        message = f"{'extends' if chain else 'CONFIG'}={str(config)!r} {_held(meant)}" if str(config) and meant.is_dir() else str(error)
         raise ValueError(f"{message} (extended by {chain[-1]})" if chain else message) from None
     here = path.resolve()
     if here in chain:
@@ -55,14 +56,11 @@ def read_files(config: str | Path, beside: Path | None = None, chain: tuple[Path
     return [*parents, Layer(shown(path), tree, path)]
 
 
-def _no_config(path: str | Path) -> str:
-    """For a folder in the place of a config file, which files may have been meant; empty for anything else."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return ""
+def _held(folder: Path) -> str:
+    """Of a folder in the place of a config file: which files may have been meant."""
     files = sorted(str(file) for file in folder.glob("*.yaml"))
     held = f"the YAML files {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}" if files else "no YAML file"
-    return f"CONFIG={str(path)!r} is a folder, which holds {held}; a config is a YAML file, or one of `t2i-experts config list`"
+    return f"is a folder, which holds {held}; a config is a YAML file, or one of `t2i-experts config list`"
 
 
 def load_config(config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from t2i_experts.shards.embeddings import unpack_features
-from t2i_experts.shards.format import BUILD_STATE, MANIFEST, EncoderRecord, Manifest, ShardEntry, Statistics, parse_captions
+from t2i_experts.shards.format import BUILD_STATE, MANIFEST, EncoderRecord, Manifest, ShardEntry, Statistics, not_a_folder, parse_captions
 from t2i_experts.shards.images import verify
 from t2i_experts.shards.index import Row, read_index_header, save_index, scan
 from t2i_experts.shards.parallel import in_order
@@ -87,7 +87,9 @@ def check_shards(
     """
     paths = sorted(folder.glob("[!.]*.tar"))
     if not paths:
-        raise ValueError(f"{folder} holds no tars" if folder.is_dir() else f"shard folder not found: {folder}")
+        raise ValueError(
+            f"{folder} holds no tars" if folder.is_dir() else f"shard folder not found: {folder}{' (a file)' if folder.exists() else ''}"
+        )
     if write_manifest and (folder / BUILD_STATE).is_file():
         raise ValueError(f"{folder} holds an unfinished build, and no manifest is written of it: repeat the command that was building it")
     if workers < 1:

@@ -89,6 +89,11 @@ def _finite(number: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def not_a_folder(folder: Path) -> str:
+    """What is wrong with a shard folder that is no folder."""
+    return f"{folder} is a file; name the folder that the tars are in" if folder.exists() else f"shard folder not found: {folder}"
+
+
 def not_utf8(error: UnicodeDecodeError) -> str:
     """What is wrong with text that is not UTF-8, and what to do: for messages that go on after `it is`."""
     return f"not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start:,}); {how_to_convert(error.object)}"
@@ -259,7 +264,12 @@ class Manifest:
         """Raises ValueError if the folder has no manifest (and then says how to make one) or if it is damaged."""
         path = Path(folder) / MANIFEST
         if not path.parent.is_dir():
-            raise ValueError(f"shard folder not found: {folder}")
+            what = (
+                f"{folder} is a file; name the folder that the tars are in"
+                if Path(folder).exists()
+                else f"shard folder not found: {folder}"
+            )
+            raise ValueError(what)
         if not path.is_file():
             if any(path.parent.glob("*.tar")):
                 raise ValueError(

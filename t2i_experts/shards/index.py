@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import struct
 import tarfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -171,7 +172,7 @@ def _compression(tar: Path) -> str:
         return ""
     for magic, (name, command) in _COMPRESSED.items():
         if start.startswith(magic):
-            return f"is {name}-compressed; shards are read by offset, uncompressed: {command} < {tar} > NEW.tar"
+            return f"is {name}-compressed; shards are read by offset, uncompressed: {command} < {shlex.quote(str(tar))} > NEW.tar"
     return ""
 
 

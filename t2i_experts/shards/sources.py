@@ -112,9 +112,10 @@ def csv_source(path: Path, images: Path | None, skipped: Skipped) -> Iterator[Re
                     if not cells:
                         continue
                     if len(cells) != len(header):
+                        quotes = f"; a caption with a {reader.dialect.delimiter!r} must stand in double quotes"
                         raise ValueError(
                             f"{path}, line {reader.line_num}: {len(cells)} cells where the header has {len(header)} columns "
-                            f"({', '.join(header)}); a caption with a {reader.dialect.delimiter!r} must stand in double quotes"
+                            f"({', '.join(header)}){quotes if len(cells) > len(header) else ''}"
                         )
                     row: dict[str, Any] = dict(zip(header, cells, strict=True))
                     if not row["file"].strip():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
 import subprocess
 import sys
@@ -29,9 +30,17 @@ def draw(prompt: str, num: int = 1, size: int = 64) -> None:
     print(f"{prompt} {num} {size}")
 
 
-def fail_with(kind: str) -> None:
-    """Raises what it is told to."""
+def fail_with(kind: str) -> int | None:
+    """Raises what it is told to, or returns a number, as a plugin's command may."""
     match kind:
+        case "three":
+            return 3
+        case "eof":
+            raise EOFError("Ran out of input")
+        case "pipe":
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+        case "abort":
+            raise typer.Abort
         case "input":
             raise ValueError("size=65 must be one of 64, 256, 1024")
         case "running":
@@ -44,6 +53,7 @@ def fail_with(kind: str) -> None:
             raise TrainingDiverged("the loss rose\nto 3")
         case "exit":
             raise typer.Exit(7)
+    return None
 
 
 def check(folder: Path) -> None:
@@ -146,6 +156,13 @@ def test_any_other_error_is_one_line_and_the_way_to_the_traceback(run: Run) -> N
     assert "--debug" in second
 
 
+@pytest.mark.parametrize(("kind", "said"), [("eof", "end of file: Ran out of input"), ("pipe", "Broken pipe")])
+def test_errors_that_click_keeps_for_itself_are_told_too(run: Run, kind: str, said: str) -> None:
+    code, out, err = run("fail", kind)
+    assert code == 1 and out == "" and said in err.splitlines()[0]
+    assert "Traceback" in run("--debug", "fail", kind)[2]
+
+
 def test_an_error_that_was_written_for_the_user_is_told_as_it_is(run: Run) -> None:
     assert run("fail", "diverged") == (1, "", "error: the loss rose to 3\n")
     assert "Traceback" in run("--debug", "fail", "diverged")[2]
@@ -167,18 +184,28 @@ def test_debug_shows_the_traceback_and_changes_no_exit_code(run: Run, monkeypatc
 
 @pytest.mark.parametrize(
     ("kind", "code", "said"),
-    [("interrupt", 130, "interrupted\n"), ("told", 130, "interrupted after 3 pictures\n"), ("exit", 7, ""), ("none", 0, "")],
+    [
+        ("interrupt", 130, "interrupted\n"),
+        ("told", 130, "interrupted after 3 pictures\n"),
+        ("exit", 7, ""),
+        ("none", 0, ""),
+        ("three", 0, ""),
+        ("abort", 1, "aborted\n"),
+    ],
 )
 def test_other_ways_to_end(run: Run, kind: str, code: int, said: str) -> None:
     assert run("fail", kind) == (code, "", said)
 
 
-def test_ctrl_c_while_a_command_is_imported_is_told(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_a_command_is_imported_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "slow_command.py").write_text("raise KeyboardInterrupt")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(SystemExit) as exit:
         main(["slow"], {"slow": LazyCommand("slow_command:run", "")})
     assert exit.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_of_several_processes_one_says_that_they_were_interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,16 @@ def test_a_checkouts_packages_are_those_of_its_pyproject(monkeypatch: pytest.Mon
     assert "(>=18; optional: shards build from Parquet tables)" in rows["pyarrow"].text
 
 
+@pytest.mark.parametrize(
+    "other", ["[tool.thing]\n", "[project]\nname = 'other'\nrequires-python = '>=3.20'\ndependencies = ['numpy>=99']\n"]
+)
+def test_the_pyproject_of_another_package_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, other: str) -> None:
+    (tmp_path / "pyproject.toml").write_text(other)
+    monkeypatch.setattr("t2i_experts.cli.environment.PYPROJECT", tmp_path / "pyproject.toml")
+    monkeypatch.setattr(metadata, "requires", lambda name: ["torch>=2.0"])
+    assert {row.name: row.problem for row in packages()} == {"python": "", "t2i-experts": "", "torch": ""}
+
+
 def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("t2i_experts.cli.environment.PYPROJECT", tmp_path / "none")
     requirements = [

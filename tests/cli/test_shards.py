@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -115,6 +116,14 @@ def test_several_folders_are_checked_each_by_itself(photos: Path, tmp_path: Path
     }
     code, stdout, _ = run(capsys, "shards", "check", good, good, "--json")
     assert code == 0 and json.loads(stdout) == {"good": True, "folders": [single, single]}
+
+    other = tmp_path / "other"
+    shutil.copytree(good, other)
+    (other / "manifest.json").unlink()
+    (other / "manifest.json").mkdir()  # to read or write it is an OSError
+    code, stdout, _ = run(capsys, "shards", "check", other, good, "--write-manifest", "--json")
+    broken, fine = json.loads(stdout)["folders"]
+    assert code == 1 and fine["good"] and str(other) in broken["error"]
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])

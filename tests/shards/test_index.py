@@ -119,13 +119,14 @@ def test_damaged_tars_are_refused(tmp_path: Path, write_tar: WriteTar) -> None:
 
 
 def test_compressed_tars_are_named_with_the_command_that_undoes_it(tmp_path: Path, write_tar: WriteTar) -> None:
-    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"A"), ("a.txt", b"a")])
+    (tmp_path / "my shards").mkdir()
+    path = write_tar(tmp_path / "my shards" / "x.tar", [("a.jpg", b"A"), ("a.txt", b"a")])
     data = path.read_bytes()
     packed = {"gunzip": gzip.compress(data), "bunzip2": bz2.compress(data), "unxz": lzma.compress(data)}
     packed["unzstd"] = b"\x28\xb5\x2f\xfd" + data[:100]  # only its first bytes are looked at
     for command, compressed in packed.items():
         path.write_bytes(compressed)
-        with pytest.raises(ValueError, match=f"-compressed; .*: {command} < "):
+        with pytest.raises(ValueError, match=f"-compressed; .*: {command} < '{path}' >"):
             scan(path)
 
 
