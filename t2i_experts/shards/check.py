@@ -87,9 +87,7 @@ def check_shards(
     """
     paths = sorted(folder.glob("[!.]*.tar"))
     if not paths:
-        raise ValueError(
-            f"{folder} holds no tars" if folder.is_dir() else f"shard folder not found: {folder}{' (a file)' if folder.exists() else ''}"
-        )
+        raise ValueError(f"{folder} holds no tars" if folder.is_dir() else not_a_folder(folder))
     if write_manifest and (folder / BUILD_STATE).is_file():
         raise ValueError(f"{folder} holds an unfinished build, and no manifest is written of it: repeat the command that was building it")
     if workers < 1:
