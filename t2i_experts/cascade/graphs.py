@@ -59,7 +59,7 @@ class _Graph:
     def __init__(self, denoiser: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning, pool: Any) -> None:
         """Raises RuntimeError for a denoiser that waits for the device."""
         self._x = torch.empty_like(x)
-        self._sigma = torch.empty((), device=x.device)
+        self._sigma = torch.empty((), dtype=torch.float64, device=x.device)  # as samplers give it
         self._projected = {name: torch.empty_like(tensor) for name, tensor in conditioning.projected.items()}
         self._holds: Conditioning | None = None
         self._fill(x, sigma, conditioning)
