@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from t2i_experts.cli.app import main
+
+CLI = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -28,3 +33,53 @@ def test_optimizer(bench: Any) -> None:
     assert own["ratio"] == pytest.approx(baseline["seconds"] / own["seconds"])
     assert max(baseline["error"], own["error"]) < 5e-3  # float32's rounding of weights, of which a step changes little
     assert own["floor"] > 0.3
+
+
+def test_train(bench: Any) -> None:
+    rows = bench("train", "--network", "tiny", "--batch", "2", "--eager", "--repeats", "2", "--device", "cpu")
+    baseline, own = rows["diffusers, eager"], rows["t2i-experts, eager"]
+    assert baseline["layout"] in ("NCHW", "NHWC") and "ratio" not in baseline
+    assert own["ratio"] == pytest.approx(own["images/s"] / baseline["images/s"])
+    assert own["share"] / baseline["share"] == pytest.approx(own["ratio"] * own["GFLOP"] / baseline["GFLOP"])
+    assert 1e-4 < own["error"] < 1.5 * baseline["error"] < 0.1  # bfloat16's
+
+
+def test_denoiser(bench: Any) -> None:
+    rows = bench("denoiser", "--network", "tiny", "--batch", "1", "--batch", "2", "--eager", "--repeats", "2", "--device", "cpu")
+    assert len(rows) == 4
+    for batch in (1, 2):
+        baseline, own = rows[f"batch {batch}: diffusers, eager"], rows[f"batch {batch}: t2i-experts, eager"]
+        assert own["ratio"] == pytest.approx(baseline["seconds"] / own["seconds"])
+        assert 1e-4 < own["error"] < 1.5 * baseline["error"] < 0.1
+    assert own["GFLOP"] == pytest.approx(2 * rows["batch 1: t2i-experts, eager"]["GFLOP"])
+
+
+def test_compile(bench: Any) -> None:
+    """With a compiler that only traces."""
+    rows = bench("compile", "--what", "evaluation", "--network", "tiny", "--batch", "1", "--backend", "eager", "--device", "cpu")
+    assert rows["from cache"]["ratio"] == pytest.approx(rows["cold"]["seconds"] / rows["from cache"]["seconds"])
+    for row in rows.values():
+        assert row["graphs"] >= 1 and row["recompiles"] == 0
+        assert 1 <= row["three networks / one"] < 1.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["train", "--network", "huge"], "--network='huge' must be one of 100m, tiny"),
+        (["train", "--network", "tiny", "--batch", "0"], "--batch=0"),
+        (["denoiser", "--network", "tiny", "--batch", "2", "--batch", "0"], r"--batch=\[2, 0\]"),
+        (["compile", "--what", "all"], "--what='all' must be one of step, evaluation"),
+        (["compile", "--network", "tiny", "--backend", "gcc"], "--backend='gcc' must be one of .*inductor"),
+    ],
+)
+def test_wrong_settings(cli: CLI, arguments: list[str], complaint: str) -> None:
+    code, _, err = cli("bench", *arguments, "--device", "cpu")
+    assert code == 2 and re.search(complaint, err)
+
+
+def test_a_missing_baseline_tells_how_to_install_it(cli: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    for command in ("train", "denoiser"):
+        code, _, err = cli("bench", command, "--network", "tiny", "--device", "cpu")
+        assert code == 2 and "pip install 't2i-experts[bench]'" in err
