@@ -78,7 +78,8 @@ class DiffusersLoop:
     def __init__(self, size: Size, batch: int, device: torch.device, layout: str, *, compiled: bool) -> None:
         self.device, self.batch = device, batch
         self.network = diffusers_network(size, device, layout)
-        self.model: Any = torch.compile(self.network) if compiled else self.network
+        # Static, or a second layout in one process would be compiled for strides that vary.
+        self.model: Any = torch.compile(self.network, dynamic=False) if compiled else self.network
         self._optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
         self._ema, self._scheduler = diffusers_ema(self.network), diffusers_library().DDPMScheduler(num_train_timesteps=1000)
         images, noise = (noise_images(size, batch, device, seed) for seed in (0, 1))

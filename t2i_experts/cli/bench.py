@@ -45,10 +45,11 @@ def train(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """A training step, compiled, beside diffusers' U-Net of equal FLOPs in its example's loop, eager and compiled. Takes minutes."""
+    """A training step, compiled, beside diffusers' U-Net of equal FLOPs in its example's loop, eager and compiled."""
     from t2i_experts.bench.machine import bench_device
     from t2i_experts.bench.train import bench_train
 
+    say_what_takes_long(eager)
     tell(bench_train(network, batch, bench_device(device), eager=eager, repeats=repeats), as_json)
 
 
@@ -61,10 +62,11 @@ def denoiser(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """One evaluation of the network in sampling, beside diffusers' U-Net of equal FLOPs, eager and compiled. Takes minutes."""
+    """One evaluation of the network in sampling, beside diffusers' U-Net of equal FLOPs, eager and compiled."""
     from t2i_experts.bench.denoiser import bench_denoiser
     from t2i_experts.bench.machine import bench_device
 
+    say_what_takes_long(eager)
     tell(bench_denoiser(network, batch, bench_device(device), eager=eager, repeats=repeats), as_json)
 
 
@@ -81,7 +83,14 @@ def compile_(
     from t2i_experts.bench.compile import bench_compile
     from t2i_experts.bench.machine import bench_device
 
+    say_what_takes_long()
     tell(bench_compile(what, network, batch, bench_device(device), backend=backend), as_json)
+
+
+def say_what_takes_long(eager: bool = False) -> None:
+    """On stderr, where nothing else is heard of it."""
+    if not eager:
+        typer.echo("compiling, which takes minutes; the table comes at the end", err=True)
 
 
 def tell(result: Result, as_json: bool) -> None:

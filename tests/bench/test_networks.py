@@ -14,7 +14,6 @@ from t2i_experts.bench.error import exact_float32, relative_rms
 from t2i_experts.bench.floor import flops
 from t2i_experts.bench.network import ENCODERS, SIZES, TEXT_TOKENS, captions, own_network, stage_of
 from t2i_experts.cascade.stage import build_network
-from t2i_experts.nn.attention import CrossAttention, SelfAttention
 from t2i_experts.training.allocations import materialized
 from t2i_experts.types import Conditioning, Embedding
 
@@ -49,13 +48,12 @@ def fake_embedding(name: str) -> Embedding:
 
 
 def test_both_networks_attend_alike(networks: tuple[nn.Module, Any]) -> None:
-    """As many heads for as many channels, of self-attention and of cross-attention."""
-    own, baseline = networks
-    found = {(type(m), m.out.in_features, m.out.in_features // m.head_channels) for m in own.modules() if hasattr(m, "head_channels")}
-    expected = {(kind, channels, channels // 64) for kind in (SelfAttention, CrossAttention) for channels in SIZE.channels[1:]}
-    assert found == expected
-    heads = {(m.to_q.in_features, m.heads) for m in baseline.modules() if hasattr(m, "to_q")}
-    assert heads == {(channels, heads) for _, channels, heads in expected}
+    """At the same resolutions, with as many heads."""
+    network = stage_of(SIZE).network
+    attending = [spec for spec in network.resolutions if spec.self_attention and spec.cross_attention]
+    assert [spec.channels for spec in attending] == [256, 384, 512]
+    heads = {(module.to_q.in_features, module.heads) for module in networks[1].modules() if hasattr(module, "to_q")}
+    assert heads == {(spec.channels, spec.channels // network.head_channels) for spec in attending}
 
 
 def test_no_branch_of_the_network_is_idle() -> None:

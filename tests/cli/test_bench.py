@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,13 +56,30 @@ def test_denoiser(bench: Any) -> None:
     assert own["GFLOP"] == pytest.approx(2 * rows["batch 1: t2i-experts, eager"]["GFLOP"])
 
 
-def test_compile(bench: Any) -> None:
-    """With a compiler that only traces."""
+def test_compile(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a compiler that only traces. The second process is to find what the first one left; here it tells what the first one told."""
+    calls: list[tuple[list[str], str, subprocess.CompletedProcess[str]]] = []
+    run = subprocess.run
+
+    def run_once(command: list[str], *, env: dict[str, str], **options: Any) -> subprocess.CompletedProcess[str]:
+        done = calls[0][2] if calls else run(command, env=env, **options)
+        calls.append((command, env["TORCHINDUCTOR_CACHE_DIR"], done))
+        return done
+
+    monkeypatch.setattr(subprocess, "run", run_once)
     rows = bench("compile", "--what", "evaluation", "--network", "tiny", "--batch", "1", "--backend", "eager", "--device", "cpu")
-    assert rows["from cache"]["ratio"] == pytest.approx(rows["cold"]["seconds"] / rows["from cache"]["seconds"])
+    assert calls[0] == calls[1] and not Path(calls[0][1]).exists()
+    assert list(rows) == ["cold", "from cache"] and rows["from cache"]["ratio"] == 1
     for row in rows.values():
         assert row["graphs"] >= 1 and row["recompiles"] == 0
         assert 1 <= row["three networks / one"] < 1.5
+
+
+def test_what_a_process_says_that_cannot_compile_is_told(cli: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 3, "", "g++: not found")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    code, _, err = cli("bench", "compile", "--network", "tiny", "--device", "cpu")
+    assert code == 1 and "g++: not found" in err
 
 
 @pytest.mark.parametrize(
