@@ -11,13 +11,14 @@ from torch import Tensor
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Convolutions and matrix products of float32 tensors in float32, not in TF32."""
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    """Convolutions and matrix products of float32 tensors in float32, not in TF32, by kernels that nobody spends time to choose."""
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, cudnn.benchmark, products.allow_tf32
+    cudnn.allow_tf32 = cudnn.benchmark = products.allow_tf32 = False
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
+        cudnn.allow_tf32, cudnn.benchmark, products.allow_tf32 = before
 
 
 def relative_rms(found: Sequence[Tensor], references: Sequence[Tensor]) -> float:

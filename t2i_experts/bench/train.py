@@ -53,9 +53,9 @@ def first_steps(make: Callable[[], Loop], device: torch.device) -> Candidate:
     found = [_taken(parameter) for parameter in parameters]
     with exact_float32():
         loop.losses(loop.network, rows).mean().backward()
+        count = flops(lambda: loop.losses(loop.network, slice(0, 1)))
     error = relative_rms(found, [_taken(parameter) for parameter in parameters])
     del found
-    count = flops(lambda: loop.losses(loop.network, slice(0, 1)))
 
     def step() -> None:
         add_batch_gradients(loop)
