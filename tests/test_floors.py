@@ -41,7 +41,7 @@ DOORS = {
     "PIL": ("charts", "shards", "paint", "cascade.picture", "cli"),
     "accelerate": ("training", "evaluation"),
     "braceexpand": ("shards.urls",),
-    "diffusers": ("cascade.interop",),
+    "diffusers": ("bench.baseline", "cascade.interop"),
     "fsspec": ("shards.urls",),
     "ftfy": ("conditioning.spans",),
     "gradio": ("ui",),

@@ -16,6 +16,8 @@ def bench_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # whose streams and events the timings are taken with
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device={name!r} is not to be had here: {str(error).splitlines()[0]}") from error
     return device

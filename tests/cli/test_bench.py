@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from t2i_experts.cli.app import main
+
+CLI = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -35,3 +42,70 @@ def test_sample(bench: Any) -> None:
     assert list(rows) == ["eager"]
     assert rows["eager"]["error"] == 0  # float32 beside float32
     assert rows["eager"]["compilations"] == rows["eager"]["breaks"] == 0
+
+
+def test_train(bench: Any) -> None:
+    rows = bench("train", "--network", "tiny", "--batch", "2", "--eager", "--repeats", "2", "--device", "cpu")
+    baseline, own = rows["diffusers, eager"], rows["t2i-experts, eager"]
+    assert baseline["layout"] in ("NCHW", "NHWC") and "ratio" not in baseline
+    assert own["ratio"] == pytest.approx(own["images/s"] / baseline["images/s"])
+    assert own["share"] / baseline["share"] == pytest.approx(own["ratio"] * own["GFLOP"] / baseline["GFLOP"])
+    assert 1e-4 < own["error"] < 1.5 * baseline["error"] < 0.1  # bfloat16's
+
+
+def test_denoiser(bench: Any) -> None:
+    rows = bench("denoiser", "--network", "tiny", "--batch", "1", "--batch", "2", "--eager", "--repeats", "2", "--device", "cpu")
+    assert len(rows) == 4
+    for batch in (1, 2):
+        baseline, own = rows[f"batch {batch}: diffusers, eager"], rows[f"batch {batch}: t2i-experts, eager"]
+        assert own["ratio"] == pytest.approx(baseline["seconds"] / own["seconds"])
+        assert 1e-4 < own["error"] < 1.5 * baseline["error"] < 0.1
+    assert own["GFLOP"] == pytest.approx(2 * rows["batch 1: t2i-experts, eager"]["GFLOP"])
+
+
+def test_compile(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a compiler that only traces. The second process is to find what the first one left; here it tells what the first one told."""
+    calls: list[tuple[list[str], str, subprocess.CompletedProcess[str]]] = []
+    run = subprocess.run
+
+    def run_once(command: list[str], *, env: dict[str, str], **options: Any) -> subprocess.CompletedProcess[str]:
+        done = calls[0][2] if calls else run(command, env=env, **options)
+        calls.append((command, env["TORCHINDUCTOR_CACHE_DIR"], done))
+        return done
+
+    monkeypatch.setattr(subprocess, "run", run_once)
+    rows = bench("compile", "--what", "evaluation", "--network", "tiny", "--batch", "1", "--backend", "eager", "--device", "cpu")
+    assert calls[0] == calls[1] and not Path(calls[0][1]).exists()
+    assert list(rows) == ["cold", "from cache"] and rows["from cache"]["ratio"] == 1
+    for row in rows.values():
+        assert row["graphs"] >= 1 and row["recompiles"] == 0
+        assert 1 <= row["three networks / one"] < 1.5
+
+
+def test_what_a_process_says_that_cannot_compile_is_told(cli: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 3, "", "g++: not found")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    code, _, err = cli("bench", "compile", "--network", "tiny", "--device", "cpu")
+    assert code == 1 and "g++: not found" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["train", "--network", "huge"], "--network='huge' must be one of 100m, tiny"),
+        (["train", "--network", "tiny", "--batch", "0"], "--batch=0"),
+        (["denoiser", "--network", "tiny", "--batch", "2", "--batch", "0"], r"--batch=\[2, 0\]"),
+        (["compile", "--what", "all"], "--what='all' must be one of step, evaluation"),
+        (["compile", "--network", "tiny", "--backend", "gcc"], "--backend='gcc' must be one of .*inductor"),
+    ],
+)
+def test_wrong_settings(cli: CLI, arguments: list[str], complaint: str) -> None:
+    code, _, err = cli("bench", *arguments, "--device", "cpu")
+    assert code == 2 and re.search(complaint, err)
+
+
+def test_a_missing_baseline_tells_how_to_install_it(cli: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    for command in ("train", "denoiser"):
+        code, _, err = cli("bench", command, "--network", "tiny", "--device", "cpu")
+        assert code == 2 and "pip install 't2i-experts[bench]'" in err

@@ -1,0 +1,152 @@
+"""One evaluation of a denoiser in bfloat16, as a sampler calls it again and again with one prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t2i_experts.bench.baseline import LAYOUTS, diffusers_context, diffusers_library, diffusers_network, in_better_layout
+from t2i_experts.bench.device import cudnn_attention, free
+from t2i_experts.bench.error import exact_float32, relative_rms
+from t2i_experts.bench.floor import bandwidth, flops, matrix_rate
+from t2i_experts.bench.machine import describe
+from t2i_experts.bench.network import Size, captions, noise_images, own_network, size_named
+from t2i_experts.bench.result import Result, Row
+from t2i_experts.bench.timing import interleave
+
+SIGMA = 80.0
+"""Where sampling begins. EDM's c_skip is 4e-5 there: what is compared with float32 is the network's output, and not the input."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A candidate. flops: of a call. weights: their bytes. error: of its result."""
+
+    call: Callable[[], Tensor]
+    flops: int
+    weights: int
+    error: float
+
+
+def own_evaluation(size: Size, batch: int, device: torch.device, *, compiled: bool) -> Evaluation:
+    """This project's: the text's projections made beforehand, as in sampling; on CUDA what is compiled is replayed as a CUDA graph."""
+    with torch.no_grad(), cudnn_attention(False):
+        network, x, text = own_network(size, device).eval(), noise_images(size, batch, device, 0) * SIGMA, captions(batch, device)
+        sigma = torch.full((batch,), SIGMA, device=device)
+        with exact_float32():
+            reference = network(x, sigma, text)
+        network = network.to(torch.bfloat16)
+        prepared = network.prepare(text)
+        count = flops(lambda: network(x, sigma, prepared))
+        model: Any = torch.compile(network, dynamic=False) if compiled else network
+
+        def call() -> Tensor:
+            with torch.no_grad(), cudnn_attention(False):
+                output: Tensor = model(x, sigma, prepared)
+            return output
+
+        final = CapturedCall(call) if compiled and device.type == "cuda" else call
+        return Evaluation(final, count, _bytes(network), relative_rms([final()], [reference]))
+
+
+def diffusers_evaluation(size: Size, batch: int, device: torch.device, layout: str, *, compiled: bool) -> Evaluation:
+    """Diffusers': compiled as its documentation does it, which on CUDA makes CUDA graphs, too."""
+    with torch.no_grad():
+        network = diffusers_network(size, device, layout).eval()
+        x = noise_images(size, batch, device, 0).contiguous(memory_format=LAYOUTS[layout])
+        text, timestep = diffusers_context(size, batch, device), torch.tensor(999, device=device)
+        with exact_float32():
+            reference = network(x, timestep, text, return_dict=False)[0]
+        network = nn.Module.to(network, torch.bfloat16)  # as its own `to`, without a warning that names nothing
+        x, text = x.bfloat16(), text.bfloat16()
+        count = flops(lambda: network(x, timestep, text))
+        model: Any = torch.compile(network, mode="reduce-overhead", fullgraph=True, dynamic=False) if compiled else network
+
+        def call() -> Tensor:
+            with torch.no_grad():
+                output: Tensor = model(x, timestep, text, return_dict=False)[0]
+            return output
+
+        return Evaluation(call, count, _bytes(network), relative_rms([call()], [reference]))
+
+
+class CapturedCall:
+    """A call as a CUDA graph. It holds the call, whose tensors the graph reads again and again; each result overwrites the last one."""
+
+    def __init__(self, call: Callable[[], Tensor]) -> None:
+        self._call = call
+        call()  # compiles
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # the libraries choose their kernels
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = call()
+
+    def __call__(self) -> Tensor:
+        self._graph.replay()
+        return self._result
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in network.parameters())
+
+
+def bench_denoiser(network: str, batches: Sequence[int], device: torch.device, *, eager: bool = False, repeats: int = 20) -> Result:
+    """This project's evaluation, eager and compiled, beside that of diffusers, each of these in the better of two memory layouts.
+
+    floor: the FLOPs at the measured matrix rate and the weights at the measured bandwidth, one after the other. eager: nothing is
+    compiled. Raises ValueError for settings that are out of range, and where diffusers is missing.
+    """
+    size = size_named(network)
+    if not batches or min(batches) < 1:
+        raise ValueError(f"--batch={list(batches)} must be numbers of at least 1")
+    diffusers_library()
+    torch.backends.cudnn.benchmark = True
+    rate, speed = matrix_rate(device, torch.bfloat16, repeats=repeats), bandwidth(device, repeats=repeats)
+    rows: list[Row] = []
+    for batch in batches:
+        found = _candidates(size, batch, device, eager=eager)
+        timings = interleave({name: evaluation.call for name, (_, evaluation) in found.items()}, device, repeats=repeats)
+        first = next(iter(found))
+        for name, (layout, evaluation) in found.items():
+            seconds = timings[name].median
+            rows.append(
+                Row(
+                    f"batch {batch}: {name}",
+                    timings[name],
+                    ratio=None if name == first else timings[first].median / seconds,
+                    floor=seconds / (evaluation.flops / rate + evaluation.weights / speed),
+                    share=evaluation.flops / seconds / rate,
+                    error=evaluation.error,
+                    more={"layout": layout, "GFLOP": evaluation.flops / 1e9, "weights MB": evaluation.weights / 1e6},
+                )
+            )
+        del found
+        free(device)
+    settings = {
+        "network": network,
+        "repeats": repeats,
+        "matrix rate TFLOP/s": round(rate / 1e12, 3),
+        "bandwidth GB/s": round(speed / 1e9, 1),
+    }
+    return Result("denoiser", describe(device), settings, rows)
+
+
+def _candidates(size: Size, batch: int, device: torch.device, *, eager: bool) -> dict[str, tuple[str, Evaluation]]:
+    """Memory layout and evaluation of each candidate, by name, the baseline first."""
+    found: dict[str, tuple[str, Evaluation]] = {}
+    for compiled in [False] if eager else [False, True]:
+        how = "eager" if not compiled else "compiled, graph" if device.type == "cuda" else "compiled"
+        found[f"diffusers, {how}"] = in_better_layout(partial(diffusers_evaluation, size, batch, device, compiled=compiled), device)
+        free(device)
+        found[f"t2i-experts, {how}"] = "NHWC", own_evaluation(size, batch, device, compiled=compiled)
+    return found
