@@ -167,13 +167,18 @@ def _compression(tar: Path) -> str:
     """Of a file that is no plain tar: what it is compressed with, and how to undo that; empty if it does not look compressed."""
     try:
         with open(tar, "rb") as file:
-            start = file.read(8)
+            found = compression(file.read(8))
     except OSError:
         return ""
-    for magic, (name, command) in _COMPRESSED.items():
-        if start.startswith(magic):
-            return f"is {name}-compressed; shards are read by offset, uncompressed: {command} < {shlex.quote(str(tar))} > NEW.tar"
-    return ""
+    if found is None:
+        return ""
+    name, command = found
+    return f"is {name}-compressed; shards are read by offset, uncompressed: {command} < {shlex.quote(str(tar))} > NEW.tar"
+
+
+def compression(start: bytes) -> tuple[str, str] | None:
+    """By the first bytes of a file: what it is compressed with, and the command that undoes it; None if it does not look compressed."""
+    return next((found for magic, found in _COMPRESSED.items() if start.startswith(magic)), None)
 
 
 def walk(file: Source) -> Iterator[tarfile.TarInfo]:

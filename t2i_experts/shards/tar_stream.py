@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from t2i_experts.shards.format import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, MAX_TEXT_BYTES
-from t2i_experts.shards.index import BAD_KEY, bad_key, sample_member, sample_row, walk, what_lacks
+from t2i_experts.shards.index import BAD_KEY, bad_key, compression, sample_member, sample_row, walk, what_lacks
 from t2i_experts.shards.reader import Unreadable
 from t2i_experts.shards.urls import ByteStream, is_gone, open_url
 
@@ -79,7 +79,7 @@ def read_samples(url: str, stream: ByteStream) -> Iterator[StreamedSample | Unre
     """
     file = _Forward(stream)
     parts: _Parts | None = None
-    for member in walk(file):
+    for member in file.members():
         name = sample_member(member)
         if name is None:
             continue
@@ -141,6 +141,21 @@ class _Forward:
         self._stream = stream
         self._at = 0
         self._last = b""
+
+    def members(self) -> Iterator[tarfile.TarInfo]:
+        """The headers, one by one. Raises ValueError or tarfile's errors, by the first bytes for what is compressed."""
+        members = walk(self)
+        try:
+            first = next(members, None)
+        except tarfile.TarError as error:
+            found = compression(self._last)
+            if found is None:
+                raise
+            name, command = found
+            raise ValueError(f"it is {name}-compressed; shards are read uncompressed: pipe:... | {command} undoes it on the way") from error
+        if first is not None:
+            yield first
+            yield from members
 
     def tell(self) -> int:
         return self._at

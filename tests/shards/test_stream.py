@@ -242,7 +242,7 @@ def spoiled(tar: bytes) -> dict[str, tuple[bytes, str]]:
         "without an end mark": (tar[:end], "cut off"),
         "a damaged header": (tar[:member] + b"\xff" * 512 + tar[member + 512 :], "damaged"),
         "two archives": (tar + tar, "second archive"),
-        "compressed": (gzip.compress(tar), ""),
+        "compressed": (gzip.compress(tar), "is gzip-compressed"),
         "a page": (b"<html>" * 1000, ""),
         "a link": (link.tobuf() + tar, "no plain file"),
         "a name of 2 GiB": (long.tobuf() + tar, "claims"),
