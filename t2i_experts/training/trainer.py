@@ -197,7 +197,7 @@ class Trainer:
         return {"buckets": counts} if counts else {}
 
     def _batches(self, give_up: Callable[[], bool] | None = None) -> Generator[Batch, None, None]:
-        """This process's micro-batches from where the run stands, without end unless it is to `give_up` while it waits for one."""
+        """This process's micro-batches from where the run stands, without end unless it is to `give_up` while it waits for a worker's."""
         training = self.config.training
         return open_batches(
             self.reader,
