@@ -83,7 +83,8 @@ def open_loader(
 ) -> Generator[Batch, None, None]:
     """collate(samples) for each of `position_batches`, in order, read ahead by `workers` processes (0: in this one).
 
-    give_up: asked every second while a worker's batch does not come, and says whether the batches end before it.
+    give_up: asked every second while a worker's batch does not come, and says whether the batches end before it. Without workers nobody
+    is asked: who reads a batch can do nothing else until it is there.
 
     Tensors in lists, tuples and dicts are in pinned memory where there is CUDA; another class of batch needs a method `pin_memory`.
     The workers start at once and stop with the iterator. No global random state is touched. ValueError as from `position_batches`

@@ -44,7 +44,8 @@ class ByteStream(Protocol):
 def expand_urls(urls: Sequence[str]) -> list[str]:
     """The URL of each tar, in order: braces written out as a shell does, `{000..099}` and `{a,b}`.
 
-    Raises ValueError for braces that do not match, for more than 2^20 tars, and for a URL that nothing installed here can open.
+    Raises ValueError for braces that do not match, for more than 2^20 tars, for a URL that nothing installed here can open, and for a
+    pipe where webdataset's WDS_SECURE forbids them.
     """
     from braceexpand import braceexpand
 
@@ -63,7 +64,13 @@ def expand_urls(urls: Sequence[str]) -> list[str]:
 
 def _check_protocol(url: str) -> None:
     protocol = _protocol(url)
-    if protocol in ("http", "https", "pipe"):
+    if protocol in ("http", "https"):
+        return
+    if protocol == "pipe":
+        from webdataset import utils
+
+        if utils.enforce_security:
+            raise ValueError(f"data.train={url!r}: WDS_SECURE in the environment forbids pipes")
         return
     try:
         import fsspec
@@ -100,11 +107,8 @@ def open_url(url: str) -> Iterator[ByteStream]:
 @contextmanager
 def _open_pipe(url: str) -> Iterator[ByteStream]:
     """What a command writes. It ends with this context, and with this process however that ends, and so does all that it has started."""
-    from webdataset import utils
     from webdataset.gopen import Pipe
 
-    if utils.enforce_security:
-        raise ValueError("WDS_SECURE in the environment forbids pipes")
     command = url.partition(":")[2]  # ignore_errors: its own message is a dump of arguments, and it may come before the last bytes
     pipe = Pipe(command, mode="rb", shell=True, stdin=subprocess.DEVNULL, start_new_session=True, ignore_errors=True)
     try:
@@ -122,9 +126,8 @@ def _open_pipe(url: str) -> Iterator[ByteStream]:
                 raise OSError(f"the command ended with exit code {status}") from error
         raise
     finally:
-        if pipe.proc.poll() is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # it is ending
-                os.killpg(pipe.proc.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # all of it has ended, or is ending
+            os.killpg(pipe.proc.pid, signal.SIGKILL)  # even if the shell has: what it started may outlive it
         pipe.close()
 
 

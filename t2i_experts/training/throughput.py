@@ -33,7 +33,7 @@ def measure_loader(config: RunConfig, *, missing: tuple[str, ...] = (), processe
 
     missing: encoders that cannot be loaded. processes: of the run, of which one is measured.
 
-    Raises ValueError for shards that cannot be read, TimeoutError for those whose samples do not come within `PATIENCE`.
+    Raises ValueError for shards that cannot be read, TimeoutError if those of workers bring nothing within `PATIENCE`.
     """
     encoders: dict[str, EncoderConfig] = {name: e for name, e in config.stage.encoders.items() if name not in missing}
     size = min(_BATCH, config.training.batch_size)

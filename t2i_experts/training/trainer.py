@@ -7,11 +7,10 @@ seed and of positions, so a run that is killed and started again with the same c
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import signal
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from t2i_experts.cascade.model_folder import save_model
 from t2i_experts.cascade.stage import Stage, build_network
 from t2i_experts.config import RunConfig, to_plain, to_yaml
 from t2i_experts.diffusion.precond import EDMPrecond
-from t2i_experts.shards.reader import ShardReader
+from t2i_experts.shards.reader import ShardReader, Unreadable
 from t2i_experts.shards.stream import StreamReader, open_batches
 from t2i_experts.training.data import loader_workers, open_training_shards
 from t2i_experts.training.divergence import LossWatch, TrainingDiverged
@@ -116,6 +115,7 @@ class Trainer:
             self.accelerator, self.log, images_seen=self.state.images_seen, max_share=config.data.max_unreadable
         )
         self._recent: list[tuple[list[str], Tensor, Tensor]] = []  # keys, losses and gradient norm of each step since the last look
+        self._waited = 0.0  # seconds of waiting for data and for the other processes since then
         self._watch = LossWatch(training.divergence_factor, self.state.watch)
         self.stopped_by: signal.Signals | None = None
 
@@ -151,21 +151,15 @@ class Trainer:
         """Steps from where the run stands to its end, or until it is told to stop."""
         training = self.config.training
         with contextlib.closing(self._batches(stop.give_up)) as batches:
-            window, waited, window_images = time.monotonic(), 0.0, 0
+            window, self._waited = time.monotonic(), 0.0
             stopping = False
             while self.state.images_seen < training.images and not stopping:
-                before, asked = self.state.images_seen, time.monotonic()
-                batch = list(itertools.islice(batches, training.accumulation))
-                given_up = len(batch) < training.accumulation
-                together, stopping = (False, True) if given_up else stop.before_step()
-                waited += time.monotonic() - asked
-                if together:
-                    self._step(batch)
-                    window_images += training.batch_size
-                    self.log.advance(training.batch_size)
+                before = self.state.images_seen
+                made = self._step(batches, stop)
+                stopping = stop.stopping or not made
                 if self._due(before, training.log_every_images) or (stopping and self._recent):
-                    self._report(window, waited, window_images)
-                    window, waited, window_images = time.monotonic(), 0.0, 0
+                    self._report(window)
+                    window, self._waited = time.monotonic(), 0.0
                 window += self._tend(before, last=stopping)
 
     def _roll_back(self, error: TrainingDiverged) -> None:
@@ -203,7 +197,7 @@ class Trainer:
         return {"buckets": counts} if counts else {}
 
     def _batches(self, give_up: Callable[[], bool] | None = None) -> Generator[Batch, None, None]:
-        """This process's micro-batches from where the run stands, without end unless it is to `give_up` while it waits for one."""
+        """This process's micro-batches from where the run stands, without end unless it is to `give_up` while it waits for a worker's."""
         training = self.config.training
         return open_batches(
             self.reader,
@@ -218,26 +212,46 @@ class Trainer:
             give_up=give_up,
         )
 
-    def _step(self, batches: Iterable[Batch]) -> None:
-        """One optimiser step, on the next micro-batches."""
+    def _step(self, batches: Iterator[Batch], stop: StopRequest) -> bool:
+        """One optimiser step, on the next micro-batches as they come. Returns whether it was made; if not, all is as it was before."""
         training = self.config.training
-        rate = self.state.rate_scale * learning_rate(training.optimizer, self.state.images_seen, training.images)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         keys: list[str] = []
         losses: list[Tensor] = []
-        for micro, batch in enumerate(itertools.islice(batches, training.accumulation)):
+        unreadable: list[Unreadable] = []
+        for micro in range(training.accumulation):
             last = micro == training.accumulation - 1
+            # together where DDP waits for the others: in the last backward pass and, once, in a step's first forward pass (its buckets)
+            batch = self._next(batches, stop, together=micro == 0 or last)
+            if batch is None:
+                self.network.zero_grad(set_to_none=True)
+                if self.weighting:
+                    self.weighting.module.zero_grad(set_to_none=True)
+                return False
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 losses.append(add_gradients(self.task, self.model, batch, training.accumulation, self.weighting))
             keys.extend(batch.keys)
-            self.unreadable.note(batch.unreadable, drawn=True)
+            unreadable.extend(batch.unreadable)
+        rate = self.state.rate_scale * learning_rate(training.optimizer, self.state.images_seen, training.images)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         norm = apply_gradients(self.network, self.optimizer, training.optimizer.clip_norm)
         if self.weighting:
             self.weighting.step(rate, lambda gradient: self.accelerator.reduce(gradient, "mean"))
         self.state.images_seen += training.batch_size
         self.ema.update(self.network, training.batch_size, self.state.images_seen)
+        self.unreadable.note(unreadable, drawn=True)
         self._recent.append((keys, torch.cat(losses), norm))
+        self.log.advance(training.batch_size)
+        return True
+
+    def _next(self, batches: Iterator[Batch], stop: StopRequest, *, together: bool) -> Batch | None:
+        """The next micro-batch, or None if the run stops before this process or, if they are to go on together, any other has its own."""
+        asked = time.monotonic()
+        batch = next(batches, None)
+        if batch is not None and together and not stop.all_ready():
+            batch = None
+        self._waited += time.monotonic() - asked
+        return batch
 
     def _due(self, before: int, every: int) -> bool:
         """Whether the step from `before` to images_seen crossed a multiple of `every`, or was the last one."""
@@ -289,13 +303,13 @@ class Trainer:
             f"The last good checkpoint is {agreed_checkpoint(self.root) or 'none'}. {hint}"
         )
 
-    def _report(self, window: float, waited: float, images: int) -> None:
+    def _report(self, window: float) -> None:
         """A line in the log and the loss beside the progress bar, over the steps since `window` on the monotonic clock."""
         self.unreadable.tell(self.state.images_seen)
         self._refuse_divergence()
         means = torch.stack([torch.stack((losses.mean(), norm)) for _, losses, norm in self._recent]).mean(dim=0)
         loss, norm = (self.accelerator.reduce(means, "mean")).tolist()
-        seconds = time.monotonic() - window
+        seconds, images = time.monotonic() - window, self.config.training.batch_size * len(self._recent)
         self._recent.clear()
         self.log.advance(0, loss)
         self.log.event(
@@ -305,7 +319,7 @@ class Trainer:
             grad_norm=norm,
             learning_rate=self.optimizer.param_groups[0]["lr"],
             images_per_second=round(images / seconds, 2),
-            data_wait=round(waited / seconds, 4),
+            data_wait=round(self._waited / seconds, 4),
             peak_memory_gib=peak_memory_gib(self.device),
             unreadable_draws=self.unreadable.drawn,
         )

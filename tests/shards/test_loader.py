@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,10 +156,39 @@ def test_a_worker_that_dies_is_not_taken_for_a_slow_one(monkeypatch: pytest.Monk
     assert not multiprocessing.active_children()
 
 
+def test_batches_that_nobody_pins_any_more_do_not_only_come_late() -> None:
+    """torch watches its thread for that only when it waits without a limit."""
+    late = RuntimeError("DataLoader timed out after 1.0 seconds")
+    thread = threading.Thread(target=time.sleep, args=(0.2,))
+    thread.start()
+    batches = types.SimpleNamespace(_pin_memory_thread=thread)
+    assert loader._only_late(batches, late) and loader._only_late(iter(()), late)
+    assert not loader._only_late(batches, RuntimeError("DataLoader worker exited"))
+    thread.join()
+    with pytest.raises(RuntimeError, match=r"thread that pins .* has ended"):
+        loader._only_late(batches, late)
+
+
+class Told:
+    """A reader that reads in C, and to whose process SIGINT comes meanwhile."""
+
+    buckets = None
+
+    def __getitem__(self, position: int) -> Any:
+        end, start = os.pipe()
+        subprocess.Popen(["sh", "-c", "sleep 0.2; kill -INT $PPID; sleep 0.2; echo"], stdout=start)
+        return ctypes.CDLL(None).read(end, ctypes.create_string_buffer(1), 1)
+
+
+def test_a_signal_breaks_nothing_off_in_a_worker() -> None:
+    """Python would go on by itself, but not a library that reads for it."""
+    options: dict[str, Any] = {"start": 0, "stop": 1, "batch_size": 1, "accumulation": 1, "rank": 0, "world_size": 1, "workers": 1}
+    assert list(open_loader(Told(), list, **options)) == [[1]]
+
+
 PARENT = """
 import os, signal, sys
 import torch
-from t2i_experts.shards import loader
 from t2i_experts.shards.loader import open_loader
 from t2i_experts.shards.reader import ShardReader
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from t2i_experts.shards import urls
 from t2i_experts.shards.loader import open_loader
+from t2i_experts.shards.stream import StreamReader
 from t2i_experts.shards.urls import open_url
 from tests.shards.test_loader import alive
 
@@ -45,7 +46,24 @@ def test_a_command_ends_with_its_context() -> None:
     assert end_soon(pids)
 
 
+@needs_proc
+def test_what_a_command_leaves_behind_ends_with_its_context() -> None:
+    """Its shell has ended well by then."""
+    with open_url("pipe:sleep 60 & echo $!") as pipe:
+        pid = int(read_line(pipe))
+    assert end_soon([pid])
+
+
+@needs_proc
+def test_what_is_wrong_with_the_bytes_of_a_command_that_runs_on_is_told() -> None:
+    """And not that the command ended, which it did not by itself."""
+    with pytest.raises(ValueError, match="no tar"), open_url("pipe:echo nonsense; sleep 60") as pipe:
+        raise ValueError(f"{read_line(pipe)!r} is no tar")
+
+
 def _read_until_killed(connection: Any) -> None:
+    os.setpgid(0, 0)  # as a terminal's foreground group, which Ctrl-C reaches
+    signal.signal(signal.SIGINT, lambda *_: None)
     with open_url(STUBBORN) as pipe:
         connection.send_bytes(read_line(pipe))
         pipe.read(1)
@@ -53,11 +71,14 @@ def _read_until_killed(connection: Any) -> None:
 
 @needs_proc
 def test_a_command_ends_with_a_reader_that_is_killed() -> None:
+    """After Ctrl-C, too, which is not for those who watch over the command."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
     reader = context.Process(target=_read_until_killed, args=(there,))
     reader.start()
     pids = [int(pid) for pid in here.recv_bytes().split()]
+    os.killpg(reader.pid or 0, signal.SIGINT)
+    time.sleep(0.1)
     assert all(alive(pid) for pid in pids)
     reader.kill()
     reader.join()
@@ -99,8 +120,9 @@ def test_how_a_command_ends_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not pipe.read(1)
 
 
-def test_pipes_can_be_forbidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pipes_can_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, when a run is set up, and not by each tar as something that is wrong with it."""
     monkeypatch.setattr("webdataset.utils.enforce_security", True)
-    with pytest.raises(ValueError, match="WDS_SECURE"), open_url(f"pipe:touch {tmp_path}/done"):
-        pass
-    assert not (tmp_path / "done").exists()
+    with pytest.raises(ValueError, match=r"^data\.train='pipe:cat \{0\.\.9\}\.tar': WDS_SECURE in the environment forbids pipes$"):
+        StreamReader(["http://a/0.tar", "pipe:cat {0..9}.tar"], size=4, seed=0)
+    assert len(StreamReader(["http://a/0.tar"], size=4, seed=0).tars) == 1

@@ -17,6 +17,7 @@ from t2i_experts.cli.app import main
 from t2i_experts.config import load_config
 from t2i_experts.shards.writer import ShardWriter
 from t2i_experts.training.state import checkpoints
+from t2i_experts.training.stopping import StopRequest
 from t2i_experts.training.task import Batch, DiffusionTask
 from t2i_experts.training.trainer import Trainer, train
 from t2i_experts.types import Denoiser
@@ -114,6 +115,6 @@ def test_each_shape_is_compiled_once_and_for_itself(write_config: WriteConfig, d
     trainer = Trainer(load_config(write_config("run"), overrides), progress=False)
     batches = trainer._batches()
     for _ in range(8):
-        trainer._step(batches)
+        trainer._step(batches, StopRequest())
     assert {shape for shape in graphs if min(shape) > 10} == {(16, 16), (12, 20), (20, 12)}
     assert len([shape for shape in graphs if min(shape) > 10]) == 3

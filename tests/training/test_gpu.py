@@ -10,6 +10,7 @@ import torch
 
 from t2i_experts.cli.app import main
 from t2i_experts.config import load_config
+from t2i_experts.training.stopping import StopRequest
 from t2i_experts.training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
@@ -38,11 +39,11 @@ def test_a_step_does_not_wait_for_the_device(write_config: Callable[[str], Path]
     trainer = Trainer(load_config(write_config("run"), overrides), progress=False)
     batches = trainer._batches()
     for _ in range(3):
-        trainer._step(batches)
+        trainer._step(batches, StopRequest())
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            trainer._step(batches)
+            trainer._step(batches, StopRequest())
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -90,10 +90,10 @@ def test_a_second_interrupt_does_not_wait(write_config: WriteConfig, monkeypatch
 
 def diverging(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, factor: float, *, times: int = 1) -> list[float]:
     """Multiplies the losses of the first `times` batches from position 32 on by `factor`; returns the learning rates of all steps."""
-    losses, rates, left = trainer.task.losses, [], [times]
+    rates: list[float] = []
+    losses, left = trainer.task.losses, [times]
 
     def poison(denoiser: Any, batch: Any) -> Any:
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
         result, sigma = losses(denoiser, batch)
         if batch.positions[0] >= 32 and left[0]:
             left[0] -= 1
@@ -101,6 +101,7 @@ def diverging(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, factor: float, 
         return result, sigma
 
     monkeypatch.setattr(trainer.task, "losses", poison)
+    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
     return rates
 
 
