@@ -26,6 +26,8 @@ MAX_EMBEDDING_BYTES = 2**28
 MAX_CAPTION_CHARACTERS = 2**14
 """What is larger is refused before it costs memory or time: an index row holds the whole key, and tokenisers read the whole caption."""
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 def split_member(name: str) -> tuple[str, str] | None:
     """(key, extension in lower case) of a member's name; None for one that belongs to no sample.
@@ -79,7 +81,7 @@ def parse_captions(text: bytes | None, fields: bytes | None) -> tuple[tuple[str,
     for caption in captions:
         if len(caption) > MAX_CAPTION_CHARACTERS:
             raise ValueError(f"a caption has {len(caption):,} characters; at most {MAX_CAPTION_CHARACTERS:,} are read")
-        if any("\ud800" <= character <= "\udfff" for character in caption):
+        if _SURROGATE.search(caption):
             raise ValueError("a caption is not valid Unicode: it holds half of a surrogate pair")
     return captions, metadata
 
