@@ -61,14 +61,14 @@ def parse_captions(text: bytes | None, fields: bytes | None) -> tuple[tuple[str,
         if not isinstance(parsed, dict):
             raise ValueError(f"its json is a {type(parsed).__name__}, not an object")
         metadata = parsed
-    one, several = (metadata.pop(name, None) for name in CAPTION_FIELDS)
+    one, several = metadata.pop(CAPTION_FIELDS[0], None), metadata.pop(CAPTION_FIELDS[1], None)
     if several is not None:
         if not isinstance(several, list) or not all(isinstance(caption, str) for caption in several):
             raise ValueError("`captions` in its json is not a list of strings")
         found: Sequence[str] = several
     elif text is not None:
         try:
-            found = [text.decode("utf-8-sig")]
+            found = [text.decode().removeprefix("\ufeff")]  # as utf-8-sig, which is no codec in C
         except UnicodeDecodeError as error:
             raise ValueError(f"its txt is {not_utf8(error)}") from error
     elif isinstance(one, str) or one is None:

@@ -154,7 +154,8 @@ class ShardReader:
                 raw = self.raw(index)
                 several = len(raw.captions) > 1
                 choice = int(position_rng(self.seed, position, "caption").integers(len(raw.captions))) if several else 0
-                return replace(self._sample(position, raw, choice, self.shape(index)), unreadable=tuple(unreadable))
+                sample = self._sample(position, raw, choice, self.shape(index))
+                return replace(sample, unreadable=tuple(unreadable)) if unreadable else sample
             except UnreadableSample as error:
                 unreadable.append(error.what)
         raise ValueError(f"{UnreadableSample(unreadable[0])}. Nor can {_ATTEMPTS - 1} others be read that were drawn in its place")
