@@ -2,7 +2,35 @@
 
 from __future__ import annotations
 
-from t2i_experts.cli.app import main
+import atexit
+import contextlib
+import os
+import sys
+
+
+def run() -> None:
+    """The command line as a process of its own, which leaves when every exit handler has run.
+
+    Python would go on to take the modules apart, for more than a second where torch and the encoders' libraries have been imported, and
+    the system takes their memory back anyway.
+    """
+    status = 1
+
+    def leave() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # a reader that is gone, a stream that is closed or none at all
+                stream.flush()
+        os._exit(status)
+
+    atexit.register(leave)  # before anything else is imported: what is registered first runs last
+    from t2i_experts.cli.app import main
+
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+        raise
+
 
 if __name__ == "__main__":
-    main()
+    run()

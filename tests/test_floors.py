@@ -38,8 +38,8 @@ FLOORS = {
 EVERYWHERE = {"numpy", "torch", "tqdm"}
 
 DOORS = {
-    "PIL": ("charts", "shards", "paint", "cascade.picture", "cli"),
-    "accelerate": ("training", "evaluation"),
+    "PIL": ("bench", "charts", "shards", "paint", "cascade.picture", "cli"),
+    "accelerate": ("bench", "training", "evaluation"),
     "braceexpand": ("shards.urls",),
     "diffusers": ("bench.baseline", "cascade.interop"),
     "fsspec": ("shards.urls",),
@@ -54,7 +54,7 @@ DOORS = {
     "transformers": ("conditioning.blank", "conditioning.t5", "cascade.interop"),
     "typer": ("cli",),
     "wandb": ("training.trackers",),
-    "webdataset": ("shards.urls",),
+    "webdataset": ("bench", "shards.urls"),
 }
 
 DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open-clip-torch", "huggingface_hub": "huggingface-hub"}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from t2i_experts.cli.importing import without_collecting
 from t2i_experts.cli.options import Json, complete_model, complete_sampler
 
 if TYPE_CHECKING:
@@ -73,10 +74,11 @@ def generate(
     if sampler is not None:
         registry.check("sampler", sampler)
 
-    import torch  # which takes seconds: what can be wrong without it has been checked
+    with without_collecting():
+        import torch  # which takes seconds: what can be wrong without it has been checked
 
-    from t2i_experts.cascade.picture import read_image, save_png, to_pil
-    from t2i_experts.cascade.pipeline import CascadePipeline
+        from t2i_experts.cascade.picture import read_image, save_png, to_pil
+        from t2i_experts.cascade.pipeline import CascadePipeline
 
     started = time.monotonic()
     try:
@@ -84,7 +86,8 @@ def generate(
     except ValueError as error:
         raise ValueError(f"--style={style}: {error}") from error
     shape = picture_shape(model, size, width, height)
-    pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=getattr(torch, dtype) if dtype else None, compile=compile)
+    with without_collecting():  # it imports the encoders' libraries
+        pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=getattr(torch, dtype) if dtype else None, compile=compile)
     settings = pipeline.settings(**given)
     refuse_what_would_be_ignored(pipeline, settings, negative, style)
     read = [*dict.fromkeys([*texts, negative])]

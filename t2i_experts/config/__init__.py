@@ -1,19 +1,10 @@
 """Configs: `schema` says what there is to say, `rules` and `keys` what is allowed, `files` how it is read and written, `origins` where a
-value comes from, `shipped` what ships."""
+value comes from, `shipped` what ships. `files` is imported on first use: OmegaConf takes longer than all that a wrong option needs."""
 
 from __future__ import annotations
 
-from t2i_experts.config.files import (
-    build_config,
-    changes,
-    differences,
-    from_plain,
-    load_config,
-    read_files,
-    to_plain,
-    to_yaml,
-    trace_config,
-)
+from typing import TYPE_CHECKING, Any
+
 from t2i_experts.config.origins import Setting
 from t2i_experts.config.rules import check_sampling, check_stage, check_stage_name, is_url
 from t2i_experts.config.schema import (
@@ -32,6 +23,19 @@ from t2i_experts.config.schema import (
     ValidationConfig,
 )
 from t2i_experts.config.shipped import shipped_configs, shipped_folder
+
+if TYPE_CHECKING:
+    from t2i_experts.config.files import (
+        build_config,
+        changes,
+        differences,
+        from_plain,
+        load_config,
+        read_files,
+        to_plain,
+        to_yaml,
+        trace_config,
+    )
 
 __all__ = [
     "DataConfig",
@@ -64,3 +68,11 @@ __all__ = [
     "to_yaml",
     "trace_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from t2i_experts.config import files
+
+    return getattr(files, name)

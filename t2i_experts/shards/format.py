@@ -26,6 +26,8 @@ MAX_EMBEDDING_BYTES = 2**28
 MAX_CAPTION_CHARACTERS = 2**14
 """What is larger is refused before it costs memory or time: an index row holds the whole key, and tokenisers read the whole caption."""
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 def split_member(name: str) -> tuple[str, str] | None:
     """(key, extension in lower case) of a member's name; None for one that belongs to no sample.
@@ -59,14 +61,14 @@ def parse_captions(text: bytes | None, fields: bytes | None) -> tuple[tuple[str,
         if not isinstance(parsed, dict):
             raise ValueError(f"its json is a {type(parsed).__name__}, not an object")
         metadata = parsed
-    one, several = (metadata.pop(name, None) for name in CAPTION_FIELDS)
+    one, several = metadata.pop(CAPTION_FIELDS[0], None), metadata.pop(CAPTION_FIELDS[1], None)
     if several is not None:
         if not isinstance(several, list) or not all(isinstance(caption, str) for caption in several):
             raise ValueError("`captions` in its json is not a list of strings")
         found: Sequence[str] = several
     elif text is not None:
         try:
-            found = [text.decode("utf-8-sig")]
+            found = [text.decode().removeprefix("\ufeff")]  # as utf-8-sig, which is no codec in C
         except UnicodeDecodeError as error:
             raise ValueError(f"its txt is {not_utf8(error)}") from error
     elif isinstance(one, str) or one is None:
@@ -79,7 +81,7 @@ def parse_captions(text: bytes | None, fields: bytes | None) -> tuple[tuple[str,
     for caption in captions:
         if len(caption) > MAX_CAPTION_CHARACTERS:
             raise ValueError(f"a caption has {len(caption):,} characters; at most {MAX_CAPTION_CHARACTERS:,} are read")
-        if any("\ud800" <= character <= "\udfff" for character in caption):
+        if _SURROGATE.search(caption):
             raise ValueError("a caption is not valid Unicode: it holds half of a surrogate pair")
     return captions, metadata
 

@@ -171,6 +171,6 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 def _opaque(image: Image.Image) -> Image.Image:
     """RGB; what is transparent shows white."""
     if image.mode != "RGBA":
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert("RGB")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shlex
 import struct
@@ -79,18 +80,23 @@ class IndexFile:
     key_bytes: int
     embeddings: tuple[str, ...] = ()
 
+    @functools.cached_property
+    def _row(self) -> struct.Struct:
+        return struct.Struct(_row_format(self.key_bytes, len(self.embeddings)))
+
     @property
     def row_bytes(self) -> int:
         """Bytes of a row."""
-        return struct.calcsize(_row_format(self.key_bytes, len(self.embeddings)))
+        return self._row.size
 
     def place(self, i: int) -> tuple[int, int]:
         """(offset, bytes) of row i in the file."""
-        return self.offset + i * self.row_bytes, self.row_bytes
+        size = self._row.size
+        return self.offset + i * size, size
 
     def unpack(self, data: bytes) -> Row:
         """The row in the bytes from its place."""
-        key, *numbers = struct.unpack(_row_format(self.key_bytes, len(self.embeddings)), data)
+        key, *numbers = self._row.unpack(data)
         image, text, fields, *embeddings = zip(numbers[::2], numbers[1::2], strict=True)
         return Row(key.rstrip(b"\0").decode(), image, text, fields, dict(zip(self.embeddings, embeddings, strict=True)))
 

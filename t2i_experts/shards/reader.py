@@ -125,6 +125,7 @@ class ShardReader:
         self._shards: list[tuple[Path, ShardEntry]] = [(folder, entry) for folder, manifest in manifests for entry in manifest.shards]
         for folder, entry in self._shards:
             check_tar(folder, entry)
+        self._tars = [folder / entry.file for folder, entry in self._shards]
         self._ends = list(itertools.accumulate(entry.samples for _, entry in self._shards))
         self.samples = self._ends[-1] if self._ends else 0
         if not self.samples:
@@ -139,7 +140,7 @@ class ShardReader:
             self._bucket_of = np.concatenate([nearest_bucket(shard, buckets.shapes) for shard in sizes])
             self.order = BucketOrder(self._bucket_of, buckets, self.dataset_hash, seed)
         self._indices: dict[int, IndexFile | tuple[Row, ...] | Unreadable] = {}
-        self._files: OrderedDict[Path, int] = OrderedDict()
+        self._files: OrderedDict[str, int] = OrderedDict()
 
     def __getitem__(self, position: int) -> Sample:
         """The sample at a position of the global order, or its first substitute that can be read, with one of its captions.
@@ -153,7 +154,8 @@ class ShardReader:
                 raw = self.raw(index)
                 several = len(raw.captions) > 1
                 choice = int(position_rng(self.seed, position, "caption").integers(len(raw.captions))) if several else 0
-                return replace(self._sample(position, raw, choice, self.shape(index)), unreadable=tuple(unreadable))
+                sample = self._sample(position, raw, choice, self.shape(index))
+                return replace(sample, unreadable=tuple(unreadable)) if unreadable else sample
             except UnreadableSample as error:
                 unreadable.append(error.what)
         raise ValueError(f"{UnreadableSample(unreadable[0])}. Nor can {_ATTEMPTS - 1} others be read that were drawn in its place")
@@ -182,15 +184,15 @@ class ShardReader:
         if not 0 <= index < self.samples:
             raise IndexError(f"index {index} is not in [0, {self.samples})")
         shard = bisect.bisect_right(self._ends, index)
-        folder, entry = self._shards[shard]
-        tar = folder / entry.file
-        row = self._row(shard, index - self._ends[shard] + entry.samples)
+        tar = self._tars[shard]
+        row = self._row(shard, index - self._ends[shard] + self._shards[shard][1].samples)
+        path = str(tar)
         try:
             row.check_sizes()
-            image, text, fields = (self._read(tar, *place) for place in (row.image, row.text, row.fields))
+            image, text, fields = self._read(path, *row.image), self._read(path, *row.text), self._read(path, *row.fields)
             captions, metadata = parse_captions(text if row.text[0] else None, fields if row.fields[0] else None)
             features = {
-                record.name: unpack_features(self._read(tar, *row.embeddings.get(record.member, (0, 0))), record, len(captions))
+                record.name: unpack_features(self._read(path, *row.embeddings.get(record.member, (0, 0))), record, len(captions))
                 for record in self.embeddings
             }
         except (ValueError, OSError) as error:
@@ -207,7 +209,6 @@ class ShardReader:
 
     def _row(self, shard: int, i: int) -> Row:
         """Where sample i of a shard lies, from its index file, or from a scan of the tar; what a scan finds or misses is kept in memory."""
-        folder, entry = self._shards[shard]
         for _ in range(2):
             index = self._index(shard)
             if isinstance(index, tuple):
@@ -215,10 +216,10 @@ class ShardReader:
             if isinstance(index, Unreadable):
                 raise UnreadableSample(index)
             try:
-                return index.unpack(self._read(index.path, *index.place(i)))
+                return index.unpack(self._read(str(index.path), *index.place(i)))
             except (ValueError, OSError) as error:
                 del self._indices[shard]  # the index file has been deleted or cut since it was opened: it is found anew
-                broken = _unreadable_tar(folder / entry.file, error)
+                broken = _unreadable_tar(self._tars[shard], error)
         raise UnreadableSample(broken)
 
     def _index(self, shard: int) -> IndexFile | tuple[Row, ...] | Unreadable:
@@ -232,7 +233,7 @@ class ShardReader:
                 self._indices[shard] = _unreadable_tar(folder / entry.file, error)
         return self._indices[shard]
 
-    def _read(self, path: Path, offset: int, length: int) -> bytes:
+    def _read(self, path: str, offset: int, length: int) -> bytes:
         """Bytes of a file, none at offset 0, where no member lies. A file system that fails is asked again twice."""
         if not offset:
             return b""
@@ -247,7 +248,7 @@ class ShardReader:
                 time.sleep(seconds)
         return self._read_once(path, offset, length)
 
-    def _read_once(self, path: Path, offset: int, length: int) -> bytes:
+    def _read_once(self, path: str, offset: int, length: int) -> bytes:
         """Reads through a file that stays open, as the most recently used ones do."""
         if path in self._files:
             self._files.move_to_end(path)

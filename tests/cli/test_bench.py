@@ -89,6 +89,42 @@ def test_what_a_process_says_that_cannot_compile_is_told(cli: CLI, monkeypatch: 
     assert code == 1 and "g++: not found" in err
 
 
+def test_startup(bench: Any) -> None:
+    rows = bench("startup", "--command", "plugins", "--pictures", "0", "--alone", "--repeats", "1")
+    assert set(rows) == {"python -c pass", "--help", "plugins --help", "generate x --steps 0"}
+    own, least = rows["plugins --help"], rows["python -c pass"]
+    assert own["floor"] == pytest.approx(own["seconds"] / least["seconds"])
+    assert own["floor"] > 1
+    assert own["CPU s"] > 0
+
+
+def test_shards(bench: Any) -> None:
+    rows = bench("shards", "--samples", "40", "--size", "16", "--repeats", "1")
+    for baseline, own in (("webdataset", "own, global order"), ("webdataset, decoded", "own, decoded")):
+        assert rows[own]["ratio"] == pytest.approx(rows[baseline]["seconds"] / rows[own]["seconds"])
+        assert rows[own]["samples/s"] == pytest.approx(40 / rows[own]["seconds"])
+    assert rows["own, decoded"]["error"] == 0
+
+
+def test_resume_does_not_read_what_comes_before(bench: Any) -> None:
+    rows = bench(
+        "resume", "--position", "100000", "--replayed", "64", "--samples", "40", "--size", "16", "--batch-size", "8", "--repeats", "1"
+    )
+    replay = rows["replay"]
+    assert replay["seconds"] == pytest.approx(replay["measured s"] * 100_000 / 64)
+    assert rows["own"]["ratio"] == pytest.approx(replay["seconds"] / rows["own"]["seconds"])
+    assert rows["own"]["ratio"] > 100
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_loader(bench: Any, workers: str) -> None:
+    rows = bench("loader", "--images", "8", "--side", "64", "--size", "16", "--batch-size", "4", "--workers", workers, "--repeats", "1")
+    for row in rows.values():
+        assert row["images/s"] == pytest.approx(1 / row["seconds"])
+        assert 0 < row["error"] < 0.1
+    assert set(rows) == {"files, Pillow", "shards", "shards, prepared"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -97,10 +133,17 @@ def test_what_a_process_says_that_cannot_compile_is_told(cli: CLI, monkeypatch: 
         (["denoiser", "--network", "tiny", "--batch", "2", "--batch", "0"], r"--batch=\[2, 0\]"),
         (["compile", "--what", "all"], "--what='all' must be one of step, evaluation"),
         (["compile", "--network", "tiny", "--backend", "gcc"], "--backend='gcc' must be one of .*inductor"),
+        (["startup", "--command", "draw"], "--command='draw'; allowed: generate"),
+        (["startup", "--pictures", "-1"], "--pictures=-1"),
+        (["shards", "--samples", "0"], "--samples=0"),
+        (["resume", "--position", "10"], "--position=10 must be at least --replayed=20000"),
+        (["loader", "--workers", "-1"], "--workers=-1"),
+        (["loader", "--side", "32"], "--side=32"),
     ],
 )
 def test_wrong_settings(cli: CLI, arguments: list[str], complaint: str) -> None:
-    code, _, err = cli("bench", *arguments, "--device", "cpu")
+    device = ["--device", "cpu"] if arguments[0] in ("train", "denoiser", "compile") else []
+    code, _, err = cli("bench", *arguments, *device)
     assert code == 2 and re.search(complaint, err)
 
 
