@@ -9,7 +9,7 @@ import sys
 
 
 def run() -> None:
-    """The command line as a process of its own, which leaves when every exit handler has run.
+    """The command line as a process of its own, which leaves when all exit handlers that were registered in it have run.
 
     Python would go on to take the modules apart, for more than a second where torch and the encoders' libraries have been imported, and
     the system takes their memory back anyway.
@@ -23,13 +23,16 @@ def run() -> None:
         os._exit(status)
 
     atexit.register(leave)  # before anything else is imported: what is registered first runs last
-    from t2i_experts.cli.app import main
-
     try:
+        from t2i_experts.cli.app import main
+
         main()
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
+        status = 0 if end.code is None else end.code if isinstance(end.code, int) else 1
         raise
+    except KeyboardInterrupt:  # while the command line itself is imported
+        print("interrupted", file=sys.stderr)
+        status = 130
 
 
 if __name__ == "__main__":

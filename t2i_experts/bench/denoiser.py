@@ -18,6 +18,7 @@ from t2i_experts.bench.machine import describe
 from t2i_experts.bench.network import Size, captions, noise_images, own_network, size_named
 from t2i_experts.bench.result import Result, Row
 from t2i_experts.bench.timing import interleave
+from t2i_experts.cascade.graphs import GraphedDenoiser
 
 SIGMA = 80.0
 """Where sampling begins. EDM's c_skip is 4e-5 there: what is compared with float32 is the network's output, and not the input."""
@@ -34,24 +35,23 @@ class Evaluation:
 
 
 def own_evaluation(size: Size, batch: int, device: torch.device, *, compiled: bool) -> Evaluation:
-    """This project's: the text's projections made beforehand, as in sampling; on CUDA what is compiled is replayed as a CUDA graph."""
+    """This project's, as `cascade/` has it: the text's projections made beforehand; what is compiled is replayed by `GraphedDenoiser`."""
     with torch.no_grad(), cudnn_attention(False):
         network, x, text = own_network(size, device).eval(), noise_images(size, batch, device, 0) * SIGMA, captions(batch, device)
-        sigma = torch.full((batch,), SIGMA, device=device)
+        sigma = torch.tensor(SIGMA, dtype=torch.float64)  # as samplers give it
         with exact_float32():
             reference = network(x, sigma, text)
         network = network.to(torch.bfloat16)
         prepared = network.prepare(text)
         count = flops(lambda: network(x, sigma, prepared))
-        model: Any = torch.compile(network, dynamic=False) if compiled else network
+        model: Any = GraphedDenoiser(torch.compile(network, dynamic=False)) if compiled else network
 
         def call() -> Tensor:
             with torch.no_grad(), cudnn_attention(False):
                 output: Tensor = model(x, sigma, prepared)
             return output
 
-        final = CapturedCall(call) if compiled and device.type == "cuda" else call
-        return Evaluation(final, count, _bytes(network), relative_rms([final()], [reference]))
+        return Evaluation(call, count, _bytes(network), relative_rms([call()], [reference]))
 
 
 def diffusers_evaluation(size: Size, batch: int, device: torch.device, layout: str, *, compiled: bool) -> Evaluation:
@@ -73,27 +73,6 @@ def diffusers_evaluation(size: Size, batch: int, device: torch.device, layout: s
             return output
 
         return Evaluation(call, count, _bytes(network), relative_rms([call()], [reference]))
-
-
-class CapturedCall:
-    """A call as a CUDA graph. It holds the call, whose tensors the graph reads again and again; each result overwrites the last one."""
-
-    def __init__(self, call: Callable[[], Tensor]) -> None:
-        self._call = call
-        call()  # compiles
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # the libraries choose their kernels
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._result = call()
-
-    def __call__(self) -> Tensor:
-        self._graph.replay()
-        return self._result
 
 
 def _bytes(network: nn.Module) -> int:

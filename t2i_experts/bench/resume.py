@@ -28,8 +28,8 @@ def bench_resume(
     """From shards on the disk to the batch that begins at `position`, in one process and without workers.
 
     The baseline: webdataset, decoded, shuffled and repeated, behind Accelerate's `skip_first_batches`, which of a stream reads and drops
-    all that comes before. Its time is measured for `replayed` samples and scaled to `position`, to which it is proportional; so is that
-    without decoding, the least that a replay can do. The shards have `samples` pictures of size x size, drawn for the occasion, so that
+    all that comes before. Its time is measured for `replayed` samples and scaled to `position`, as if all of it were proportional to that (the shuffle
+    buffer is filled only once); so is that without decoding, the least that a replay can do. The shards have `samples` pictures of size x size, drawn for the occasion, so that
     `position` lies in a later epoch.
 
     Raises RuntimeError unless the batch is the one that a run which began earlier reaches there.
@@ -49,7 +49,7 @@ def bench_resume(
             "replay": lambda: _replayed(tars, replayed, batch_size, decoded=True),
             "replay, not decoded": lambda: _replayed(tars, replayed, batch_size, decoded=False),
         }
-        replays = interleave(candidates, _CPU, repeats=max(1, repeats // 3), warmup=0)
+        replays = interleave(candidates, _CPU, repeats=max(1, repeats // 3), warmup=1)
         own = interleave({"own": lambda: _keys(folder, position, size, batch_size, 1)}, _CPU, repeats=repeats, warmup=1)["own"]
     rows = [
         Row(name, Timing(tuple(seconds * position / replayed for seconds in timing.seconds)), more={"measured s": timing.median})

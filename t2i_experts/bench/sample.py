@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from t2i_experts.bench.error import exact_float32
 from t2i_experts.bench.floor import bandwidth, flops, matrix_rate
 from t2i_experts.bench.machine import describe
 from t2i_experts.bench.result import Result, Row
@@ -47,7 +48,8 @@ def bench_sample(
         return lambda: pipeline([PROMPTS[0]] * batch, sampling=sampling)
 
     timings = interleave({name: drawing(pipeline) for name, pipeline in pipelines.items()}, device, repeats=repeats)
-    exact = _denoised(_eager(CascadePipeline.from_pretrained(model, device=device, dtype=torch.float32)), sampling)
+    with exact_float32():
+        exact = _denoised(_eager(CascadePipeline.from_pretrained(model, device=device, dtype=torch.float32)), sampling)
     least = steps * _floor(first, sampling, batch)
     slowest = timings["eager"].median
     rows = []

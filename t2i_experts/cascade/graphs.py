@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Hashable
 from typing import Any
@@ -22,13 +23,14 @@ class GraphedDenoiser:
     reads, on the device. What cannot be replayed is evaluated as ever: on other devices, with gradients, sigmas of (B,), a conditioning
     that is not prepared, and a network that CUDA cannot record, of which a warning tells.
 
-    The weights are read where they lie: they may change, but not move.
+    The weights are read where they lie: they may change, but not move. Threads take turns; all evaluations belong on one stream.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = denoiser
         self._graphs: dict[Hashable, _Graph | None] = {}
         self._pool: Any = None  # one for all graphs, of which only one runs at a time
+        self._lock = threading.Lock()
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
         """What the denoiser inside makes of the conditioning."""
@@ -38,16 +40,20 @@ class GraphedDenoiser:
         """The estimate of the denoiser inside, (B, C, H, W)."""
         if not x.is_cuda or sigma.ndim or not conditioning.projected or torch.is_grad_enabled():
             return self.denoiser(x, sigma, conditioning)
-        kind = (x.shape, x.stride(), x.dtype, *((name, t.shape, t.dtype) for name, t in conditioning.projected.items()))
-        if kind not in self._graphs:
-            self._graphs[kind] = self._record(x, sigma, conditioning)
-        graph = self._graphs[kind]
-        return self.denoiser(x, sigma, conditioning) if graph is None else graph(x, sigma, conditioning)
+        computed_in = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        kind = (computed_in, x.shape, x.stride(), x.dtype, *((name, t.shape, t.dtype) for name, t in conditioning.projected.items()))
+        with self._lock:
+            if kind not in self._graphs:
+                with torch.inference_mode(False), torch.no_grad():  # so that other modes may write into what is made here
+                    self._graphs[kind] = self._record(x, sigma, conditioning)
+            graph = self._graphs[kind]
+            return self.denoiser(x, sigma, conditioning) if graph is None else graph(x, sigma, conditioning)
 
     def _record(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> _Graph | None:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
-            return _Graph(self.denoiser, x, sigma, conditioning, self._pool)
+            with torch.cuda.stream(torch.cuda.current_stream(x.device)):  # which a failure may leave another than it was
+                return _Graph(self.denoiser, x, sigma, conditioning, self._pool)
         except RuntimeError as error:
             warnings.warn(f"the denoiser cannot be recorded as a CUDA graph, and every kernel is launched by itself: {error}", stacklevel=3)
             return None
@@ -71,7 +77,7 @@ class _Graph:
                 denoiser(*inputs)
         torch.cuda.current_stream(x.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream):
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._denoised = denoiser(*inputs)
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from t2i_experts.cascade.model_folder import LoadedModel, load_model
 from t2i_experts.cascade.picture import to_uint8
 from t2i_experts.cascade.stage import IMAGE_CHANNELS, Progress, Stage, check_shape
 from t2i_experts.config import SamplingConfig
+from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.shards.order import position_rng
 from t2i_experts.types import Conditioning
 
@@ -72,8 +74,7 @@ class CascadePipeline:
         loaded = load_model(model, device=device, dtype=dtype)
         if compile:
             for stage in loaded.stages.values():
-                if isinstance(stage.denoiser, torch.nn.Module):
-                    stage.denoiser.compile(dynamic=False)
+                cast(EDMPrecond, stage.denoiser).compile(dynamic=False)
         if device.type == "cuda":
             stages = {name: replace(stage, denoiser=GraphedDenoiser(stage.denoiser)) for name, stage in loaded.stages.items()}
             loaded = replace(loaded, stages=stages)

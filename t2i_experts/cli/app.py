@@ -254,9 +254,9 @@ def _has_a_reader(stream: TextIO) -> bool:
     try:
         asked = select.poll()
         asked.register(stream.fileno(), 0)
-    except (OSError, AttributeError):  # no file, or a system without poll
+    except (OSError, ValueError, AttributeError):  # no file, a closed one, or a system without poll
         return True
-    return not any(event & select.POLLERR for _, event in asked.poll(0))
+    return not any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
 
 
 def _flush() -> None:

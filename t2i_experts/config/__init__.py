@@ -76,3 +76,7 @@ def __getattr__(name: str) -> Any:
     from t2i_experts.config import files
 
     return getattr(files, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -266,12 +266,7 @@ class Manifest:
         """Raises ValueError if the folder has no manifest (and then says how to make one) or if it is damaged."""
         path = Path(folder) / MANIFEST
         if not path.parent.is_dir():
-            what = (
-                f"{folder} is a file; name the folder that the tars are in"
-                if Path(folder).exists()
-                else f"shard folder not found: {folder}"
-            )
-            raise ValueError(what)
+            raise ValueError(not_a_folder(path.parent))
         if not path.is_file():
             if any(path.parent.glob("*.tar")):
                 raise ValueError(

@@ -38,7 +38,7 @@ kept = Kept()
 def main():
     atexit.register(print, "handler", end="")
     print("output", end=" ")
-    raise SystemExit({code})
+    {end}
 
 app.main = main
 door.run()
@@ -55,10 +55,21 @@ def test_a_wrong_option_is_told_before_anything_large_is_imported() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "error: --steps=0 must be at least 1\n")
 
 
-@pytest.mark.parametrize("code", [0, 3])
-def test_the_process_ends_with_its_output_its_code_and_its_exit_handlers_and_takes_nothing_apart(code: int) -> None:
-    done = run(END.replace("{code}", str(code)))
-    assert (done.returncode, done.stdout, done.stderr) == (code, "output handler", "")
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [
+        ("raise SystemExit(0)", 0, ""),
+        ("raise SystemExit(3)", 3, ""),
+        ("raise SystemExit", 0, ""),
+        ("raise SystemExit('no room')", 1, "no room\n"),
+        ("raise KeyboardInterrupt", 130, "interrupted\n"),
+        ("raise ValueError('no room')", 1, "ValueError: no room\n"),
+    ],
+)
+def test_the_process_ends_with_its_output_its_code_and_its_exit_handlers_and_takes_nothing_apart(end: str, code: int, said: str) -> None:
+    done = run(END.replace("{end}", end))
+    assert (done.returncode, done.stdout) == (code, "output handler")
+    assert done.stderr.endswith(said) and bool(done.stderr) == bool(said)
 
 
 @pytest.mark.parametrize("enabled", [True, False])
