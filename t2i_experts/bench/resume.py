@@ -28,9 +28,9 @@ def bench_resume(
     """From shards on the disk to the batch that begins at `position`, in one process and without workers.
 
     The baseline: webdataset, decoded, shuffled and repeated, behind Accelerate's `skip_first_batches`, which of a stream reads and drops
-    all that comes before. Its time is measured for `replayed` samples and scaled to `position`, as if all of it were proportional to that (the shuffle
-    buffer is filled only once); so is that without decoding, the least that a replay can do. The shards have `samples` pictures of size x size, drawn for the occasion, so that
-    `position` lies in a later epoch.
+    all that comes before. Its time is measured for `replayed` samples and scaled to `position`, as if all of it were proportional to that
+    (the shuffle buffer is filled only once); so is that without decoding, the least that a replay can do. The shards have `samples`
+    pictures of size x size, drawn for the occasion, so that `position` lies in a later epoch.
 
     Raises RuntimeError unless the batch is the one that a run which began earlier reaches there.
     """
