@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from t2i_experts.bench.device import cudnn_attention, synchronize
+from t2i_experts.bench.device import cudnn_attention
 from t2i_experts.bench.loops import OwnLoop, add_batch_gradients
 from t2i_experts.bench.machine import bench_device, describe
 from t2i_experts.bench.network import Size, captions, noise_images, own_network, size_named
 from t2i_experts.bench.result import Result, Row
 from t2i_experts.bench.timing import Timing
+from t2i_experts.cascade.device import synchronize
 
 NETWORKS = 3
 """As many as a level of the tree of experts that eDiff-I samples from."""

@@ -19,6 +19,7 @@ from t2i_experts.bench.network import Size, captions, noise_images, own_network,
 from t2i_experts.bench.result import Result, Row
 from t2i_experts.bench.timing import interleave
 from t2i_experts.cascade.graphs import GraphedDenoiser
+from t2i_experts.training.allocations import held_by
 
 SIGMA = 80.0
 """Where sampling begins. EDM's c_skip is 4e-5 there: what is compared with float32 is the network's output, and not the input."""
@@ -51,7 +52,7 @@ def own_evaluation(size: Size, batch: int, device: torch.device, *, compiled: bo
                 output: Tensor = model(x, sigma, prepared)
             return output
 
-        return Evaluation(call, count, _bytes(network), relative_rms([call()], [reference]))
+        return Evaluation(call, count, held_by(network), relative_rms([call()], [reference]))
 
 
 def diffusers_evaluation(size: Size, batch: int, device: torch.device, layout: str, *, compiled: bool) -> Evaluation:
@@ -72,11 +73,7 @@ def diffusers_evaluation(size: Size, batch: int, device: torch.device, layout: s
                 output: Tensor = model(x, timestep, text, return_dict=False)[0]
             return output
 
-        return Evaluation(call, count, _bytes(network), relative_rms([call()], [reference]))
-
-
-def _bytes(network: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in network.parameters())
+        return Evaluation(call, count, held_by(network), relative_rms([call()], [reference]))
 
 
 def bench_denoiser(network: str, batches: Sequence[int], device: torch.device, *, eager: bool = False, repeats: int = 20) -> Result:

@@ -9,14 +9,6 @@ from contextlib import contextmanager
 import torch
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
 def free(device: torch.device) -> None:
     """Gives back the memory of what nobody holds any longer."""
     gc.collect()

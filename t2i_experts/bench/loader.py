@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from t2i_experts.bench.drawn import DIFFERENT, draw_jpegs, write_shards
+from t2i_experts.bench.error import relative_rms
 from t2i_experts.bench.machine import describe
 from t2i_experts.bench.result import Result, Row
 from t2i_experts.bench.timing import Timing
@@ -130,14 +131,13 @@ def _seconds_an_image(batches: Iterator[Tensor], images: int, workers: int) -> f
 
 def _errors(originals: Sequence[bytes], prepared: Sequence[bytes], size: int) -> dict[str, float]:
     """Of each candidate's pixels over all the pictures, relative root mean square."""
-    reference = np.stack([_reference(original, size) for original in originals])
+    references = [torch.from_numpy(_reference(original, size)) for original in originals]
     pixels = {
-        _BASELINE: [bicubic(Image.open(io.BytesIO(original)).convert("RGB"), size) for original in originals],
-        "shards": [decode_image(original, size).permute(1, 2, 0).numpy() for original in originals],
-        "shards, prepared": [decode_image(small, size).permute(1, 2, 0).numpy() for small in prepared],
+        _BASELINE: [torch.tensor(bicubic(Image.open(io.BytesIO(original)).convert("RGB"), size)) for original in originals],
+        "shards": [decode_image(original, size).permute(1, 2, 0) for original in originals],
+        "shards, prepared": [decode_image(small, size).permute(1, 2, 0) for small in prepared],
     }
-    norm = float(np.square(reference).mean()) ** 0.5
-    return {name: float(np.square(np.stack(found) - reference).mean()) ** 0.5 / norm for name, found in pixels.items()}
+    return {name: relative_rms(found, references) for name, found in pixels.items()}
 
 
 def _reference(data: bytes, size: int) -> np.ndarray:

@@ -9,17 +9,14 @@ from typing import Any
 import torch
 
 from t2i_experts import __version__
+from t2i_experts.cascade.device import open_device
 
 
 def bench_device(name: str | None) -> torch.device:
     """The named device, or CUDA if there is one, or the CPU. Raises ValueError for one that is not to be had."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # whose streams and events the timings are taken with
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device={name!r} is not to be had here: {str(error).splitlines()[0]}") from error
+    device = open_device(name or ("cuda" if torch.cuda.is_available() else "cpu"), f"--device={name!r}")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # whose streams and events the timings are taken with
     return device
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from t2i_experts.bench.error import relative_rms
 from t2i_experts.bench.floor import bandwidth
 from t2i_experts.bench.machine import describe
 from t2i_experts.bench.result import Result, Row
@@ -69,9 +70,5 @@ def bench_optimizer(millions: int, device: torch.device, *, repeats: int = 10) -
 
 def _error(start: list[Tensor], network: nn.Module, averages: list[Tensor], share: float) -> float:
     """Of an average after one step, relative to how far it should have moved."""
-    off = moved = 0.0
-    for old, new, average in zip(start, network.parameters(), averages, strict=True):
-        step = share * (new.detach().double() - old.double())
-        off += float((average.double() - old.double() - step).square().sum())
-        moved += float(step.square().sum())
-    return (off / moved) ** 0.5
+    steps = [share * (new.detach().double() - old.double()) for new, old in zip(network.parameters(), start, strict=True)]
+    return relative_rms([average.double() - old.double() for average, old in zip(averages, start, strict=True)], steps)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from t2i_experts.bench.error import exact_float32
+from t2i_experts.bench.error import exact_float32, relative_rms
 from t2i_experts.bench.floor import bandwidth, flops, matrix_rate
 from t2i_experts.bench.machine import describe
 from t2i_experts.bench.result import Result, Row
@@ -19,6 +19,7 @@ from t2i_experts.bench.timing import interleave
 from t2i_experts.cascade.graphs import GraphedDenoiser
 from t2i_experts.cascade.pipeline import CascadePipeline, start_noise
 from t2i_experts.config import SamplingConfig
+from t2i_experts.training.allocations import held_by
 
 PROMPTS = ["a red apple", "a cat to the left of a pine tree", "two blue fish", "a house on a pink background", "a 3D emoji of an owl"]
 _GUIDANCES = (3.0, 2.0, 4.0, 3.5, 5.0)
@@ -54,7 +55,7 @@ def bench_sample(
     slowest = timings["eager"].median
     rows = []
     for name, pipeline in pipelines.items():
-        error = float((_denoised(pipeline, sampling) - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+        error = relative_rms([_denoised(pipeline, sampling)], [exact])
         ratio = None if name == "eager" else slowest / timings[name].median
         rows.append(Row(name, timings[name], ratio, timings[name].median / least, error=error, more=_counts(pipeline, sampling, batch)))
     settings = {"model": model or "embedded", "steps": steps, "batch": batch, "guidance": sampling.guidance, "repeats": repeats}
@@ -87,8 +88,7 @@ def _floor(pipeline: CascadePipeline, sampling: SamplingConfig, batch: int) -> f
     with torch.no_grad():
         prepared = denoiser.prepare(conditioning)
     operations = flops(lambda: denoiser(x, torch.ones(()), prepared))
-    weights = sum(parameter.nbytes for parameter in denoiser.parameters())
-    return operations / matrix_rate(device, pipeline.dtype) + weights / bandwidth(device)
+    return operations / matrix_rate(device, pipeline.dtype) + held_by(denoiser) / bandwidth(device)
 
 
 def _counts(pipeline: CascadePipeline, sampling: SamplingConfig, batch: int) -> Mapping[str, float]:

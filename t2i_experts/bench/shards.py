@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from t2i_experts.bench.drawn import DIFFERENT, draw_jpegs, write_shards
+from t2i_experts.bench.error import relative_rms
 from t2i_experts.bench.machine import describe
 from t2i_experts.bench.result import Result, Row
 from t2i_experts.bench.timing import interleave
@@ -103,8 +105,6 @@ def _refuse_difference(folder: Path, tars: Sequence[str], size: int) -> None:
 
 def _error(folder: Path, tars: Sequence[str], size: int) -> float:
     """Of the pixels of the first samples, relative root mean square."""
-    reader, off, all_of = _reader(folder, size), 0.0, 0.0
-    for i, theirs in zip(range(min(reader.samples, DIFFERENT)), _pixels(tars), strict=False):
-        off += float(np.square(reader.item(i).image.permute(1, 2, 0).numpy().astype(float) - theirs).sum())
-        all_of += float(np.square(theirs.astype(float)).sum())
-    return (off / all_of) ** 0.5
+    reader = _reader(folder, size)
+    theirs = [torch.tensor(pixels) for pixels in itertools.islice(_pixels(tars), min(reader.samples, DIFFERENT))]
+    return relative_rms([reader.item(i).image.permute(1, 2, 0) for i in range(len(theirs))], theirs)

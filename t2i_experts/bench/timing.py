@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from t2i_experts.cascade.device import synchronize
+
 Work = Callable[[], object]
 
 
@@ -54,7 +56,7 @@ def seconds_of(work: Work, device: torch.device) -> float:
     """How long one call takes, until the device has done all that it was given."""
     if device.type == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
+        synchronize(device)
         begin.record()
         work()
         end.record()
@@ -62,6 +64,5 @@ def seconds_of(work: Work, device: torch.device) -> float:
         return float(begin.elapsed_time(end)) / 1000
     started = time.perf_counter()
     work()
-    if device.type == "mps":
-        torch.mps.synchronize()
+    synchronize(device)
     return time.perf_counter() - started

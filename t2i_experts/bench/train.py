@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i_experts.bench.baseline import diffusers_library, in_better_layout
-from t2i_experts.bench.device import free, synchronize
+from t2i_experts.bench.device import free
 from t2i_experts.bench.error import exact_float32, relative_rms
 from t2i_experts.bench.floor import flops, matrix_rate
 from t2i_experts.bench.loops import DiffusersLoop, Loop, OwnLoop, add_batch_gradients
@@ -19,6 +19,7 @@ from t2i_experts.bench.machine import describe
 from t2i_experts.bench.network import size_named
 from t2i_experts.bench.result import Result, Row
 from t2i_experts.bench.timing import interleave
+from t2i_experts.cascade.device import synchronize
 
 REFERENCE_ROWS = 32  # images whose gradient is compared with float32's
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from t2i_experts.cascade.device import default_device, open_device
 from t2i_experts.cascade.graphs import GraphedDenoiser
 from t2i_experts.cascade.model_folder import LoadedModel, load_model
 from t2i_experts.cascade.picture import to_uint8
@@ -19,13 +20,6 @@ from t2i_experts.config import SamplingConfig
 from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.shards.order import position_rng
 from t2i_experts.types import Conditioning
-
-
-def default_device() -> torch.device:
-    """The first of CUDA, MPS and CPU that this machine has."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def start_noise(seed: int, index: int, shape: tuple[int, int, int]) -> Tensor:
@@ -65,11 +59,7 @@ class CascadePipeline:
         is recorded at its first time and then replayed (`GraphedDenoiser`).
         Raises ValueError for a model that cannot be found or is not whole, and for a device that this machine lacks.
         """
-        try:
-            device = default_device() if device is None else torch.device(device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device={str(device)!r} is not to be had here: {str(error).splitlines()[0]}") from error
+        device = default_device() if device is None else open_device(device, f"device={str(device)!r}")
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         loaded = load_model(model, device=device, dtype=dtype)
         if compile:

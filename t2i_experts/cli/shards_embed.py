@@ -115,16 +115,12 @@ def _device(name: str | None) -> Any:
     """The device of that name, or this process's own. Raises ValueError for one that this machine lacks."""
     import torch
 
-    from t2i_experts.cascade.pipeline import default_device
+    from t2i_experts.cascade.device import default_device, open_device
 
     device = default_device() if name is None else name
     if name is None and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name or device} is not to be had here: {str(error).splitlines()[0]}") from error
-    return device
+    return open_device(device, f"--device {device}")
 
 
 def _amount(result: EmbedResult, name: str) -> dict[str, Any]:

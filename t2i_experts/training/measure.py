@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from t2i_experts.cascade.pipeline import default_device
+from t2i_experts.cascade.device import default_device, synchronize
 from t2i_experts.cascade.stage import IMAGE_CHANNELS, build_network
 from t2i_experts.conditioning.conditioner import Encoder, TextConditioner
 from t2i_experts.conditioning.stored import StoredTextEncoder, text_encoders
@@ -82,10 +82,10 @@ def measure_training(config: RunConfig, *, processes: int = 1) -> MeasuredStep:
         return occupied([*moments, *(t for module in modules for t in (*module.parameters(), *module.buffers()))])
 
     step()  # the moments come into being; code is compiled
-    _synchronize(device)
+    synchronize(device)
     started = time.monotonic()
     step()
-    _synchronize(device)
+    synchronize(device)
     rate = training.accumulation * batch_size / (time.monotonic() - started)
     return MeasuredStep(str(device), batch_size, _peak(step, held, device), round(rate, 2))
 
@@ -101,7 +101,7 @@ def _peak(step: Callable[[], None], held: Callable[[], int], device: torch.devic
         case "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             step()
-            _synchronize(device)
+            synchronize(device)
             return torch.cuda.max_memory_allocated(device)
         case "cpu":
             return held() + _most_allocated(step)
@@ -123,10 +123,3 @@ def _most_allocated(work: Callable[[], None]) -> int:
         now += event.nbytes()
         most = max(most, now)
     return most
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
