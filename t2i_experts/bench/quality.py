@@ -250,6 +250,10 @@ def _candidates(settings: Settings, config: RunConfig) -> list[Candidate]:
     found = []
     usual = (config.training.optimizer.learning_rate,)
     if settings.baseline:
+        if config.stage.network.backbone != "unet":
+            raise ValueError(
+                f"stage.network.backbone={config.stage.network.backbone!r}: the baseline is made to match a unet; --alone leaves it out"
+            )
         other = counterpart(config.stage)
         theirs = replace(
             config, stage=replace(config.stage, network=other.network), training=replace(config.training, gradient_checkpointing=0)
@@ -360,7 +364,7 @@ def _outcome(ended: _Running) -> Outcome:
 
 def _row(run: Run, outcome: Outcome) -> Row:
     if outcome.steps is None:
-        return Row(run.name, Timing((outcome.seconds,)), more={"failed": outcome.failure})
+        return Row(run.name, None, more={"failed": outcome.failure})
     steps = outcome.steps
     more = {
         "GFLOP": run.candidate.flops / 1e9,

@@ -243,6 +243,23 @@ def quality(
         raise RunsFailed("; ".join(failed))
 
 
+@app.command()
+def growth(
+    network: Network = "100m",
+    plot: Annotated[Path, typer.Option(metavar="FILE.png", help="Where the charts go.")] = Path("growth.png"),
+    compile: Annotated[bool, typer.Option("--compile", help="Compile everything, which takes minutes for each shape.")] = False,
+    minutes: Annotated[float, typer.Option(help="What would begin later is left out; the cheapest comes first.")] = 4.0,
+    repeats: Repeats = 5,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Time and memory of an evaluation and of a training step, over parameters, resolution, batch and prompt length."""
+    from t2i_experts.bench.growth import bench_growth
+    from t2i_experts.bench.machine import bench_device
+
+    tell(bench_growth(network, bench_device(device), plot=plot, compiled=compile, minutes=minutes, repeats=repeats), as_json)
+
+
 def say_what_takes_long(eager: bool = False) -> None:
     """On stderr, where nothing else is heard of it."""
     if not eager:

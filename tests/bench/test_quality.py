@@ -21,7 +21,7 @@ from t2i_experts.registry import Registry, registry
 from t2i_experts.training.history import read_history
 from t2i_experts.types import Embedding
 
-OPTIONS = {"in_channels": 3, "out_channels": 3}
+OTHER_NETWORK = "stage.network={backbone: other, resolutions: [], embedding_channels: 0, context_channels: 0, head_channels: 64}"
 
 
 def embeddings(stage: StageConfig, batch: int) -> dict[str, Embedding]:
@@ -268,6 +268,7 @@ def test_each_run_has_its_device_and_a_failing_one_says_why(write_config: Any, t
         ({"overrides": ["training.validation={every_images: 3}"]}, "would be ignored"),
         ({"overrides": ["data.validation=null", "training.validation.images=3"]}, "data.validation"),
         ({"overrides": ["data.train=[nowhere]"]}, "nowhere"),
+        ({"overrides": [OTHER_NETWORK]}, "backbone='other'.*--alone"),
         ({"baseline": False, "baseline_rates": [1.0]}, "--baseline-rates"),
         ({"baseline": False, "variants": {"loud": ["stage.noise.std=2"]}}, "--variant loud: .*held-out loss"),
         ({"baseline": False, "variants": {"odd": ["training.colour=2"]}}, "--variant odd: .*colour"),
