@@ -27,7 +27,7 @@ from t2i_experts.bench.machine import describe
 from t2i_experts.bench.quality_run import StepTime, step_time
 from t2i_experts.bench.result import Result, Row
 from t2i_experts.bench.timing import Timing
-from t2i_experts.config import PreviewConfig, RunConfig, load_config, to_yaml
+from t2i_experts.config import PreviewConfig, RunConfig, to_yaml, trace_config
 from t2i_experts.shards.reader import ShardReader
 from t2i_experts.training.data import open_training_shards
 from t2i_experts.training.embeddings import stored_embeddings
@@ -62,7 +62,7 @@ class RunsFailed(Exception):
 class Settings:
     """What is to be compared, and how.
 
-    config, overrides: the run of this project's network, as `load_config` takes them. minutes: of training steps, for each run.
+    config, overrides: the run of this project's network, as `bench quality` takes them. minutes: of training steps, for each run.
     rates, baseline_rates: learning rates that are tried, the config's own if there are none. variants: name -> further overrides.
     baseline: whether diffusers takes part. devices: numbers of CUDA devices, or `cpu`; none: the best there is. out: a folder that keeps
     the runs; None: they are removed.
@@ -117,7 +117,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """seconds: that the process took, all things included. steps: what it did. loss: held out. standard_error: of it, over the images.
+    """seconds: of the whole process. steps: what it did. loss: held out. standard_error: of it, over the images.
 
     failure: what the process said last, if it came to no loss; steps is None then.
     """
@@ -139,7 +139,7 @@ def bench_quality(settings: Settings, tell: Callable[[str], object] = lambda lin
         raise ValueError(f"--minutes={settings.minutes} must be positive and finite")
     if settings.seeds < 1:
         raise ValueError(f"--seeds={settings.seeds} must be at least 1")
-    config = _own_config(settings, ())
+    config, _ = _own_config(settings)
     devices = _devices(settings.devices, config)
     _refuse_missing_data(config)
     candidates = _candidates(settings, config)
@@ -148,8 +148,8 @@ def bench_quality(settings: Settings, tell: Callable[[str], object] = lambda lin
         root = settings.out or Path(temporary)
 
         def outcomes(runs: Iterable[Run]) -> dict[Run, Outcome]:
-            ordered = sorted(runs, key=lambda run: run.seed)  # candidates take turns
-            return _side_by_side(ordered, devices, root, settings, tell)
+            turns = sorted(runs, key=lambda run: run.seed)  # of the candidates, one after the other
+            return _side_by_side(turns, devices, root, settings, tell)
 
         found = outcomes(
             Run(candidate, rate, seed)
@@ -162,7 +162,8 @@ def bench_quality(settings: Settings, tell: Callable[[str], object] = lambda lin
         found |= outcomes(
             Run(candidate, best[candidate.name], seed) for seed in seeds[1:] for candidate in candidates if not _settled(candidate)
         )
-    rows = [_row(run, outcome) for run, outcome in sorted(found.items(), key=lambda item: candidates.index(item[0].candidate))]
+    ordered = sorted(found, key=lambda run: (candidates.index(run.candidate), run.rate, run.seed))
+    rows = [_row(run, found[run]) for run in ordered]
     described = {
         "config": str(settings.config),
         "minutes": settings.minutes,
@@ -200,14 +201,13 @@ def parse_variant(text: str) -> tuple[str, tuple[str, ...]]:
     return name, overrides
 
 
-def _own_config(settings: Settings, more: Sequence[str]) -> RunConfig:
-    """This project's run with further overrides, and with what the benchmark decides."""
-    overrides = [*settings.overrides, *more]
-    for override in overrides:
-        key = override.partition("=")[0]
-        if _below(key, SET_HERE):
-            raise ValueError(f"override {override!r} would be ignored: the benchmark decides {key}; see bench quality --help")
-    config = load_config(settings.config, overrides)
+def _own_config(settings: Settings, more: Sequence[str] = ()) -> tuple[RunConfig, set[str]]:
+    """This project's run with further overrides, and with what the benchmark decides; and the keys whose values these overrides give."""
+    config, values = trace_config(settings.config, [*settings.overrides, *more])
+    given = {text: {key for key, value in values.items() if value.origin == f"override {text!r}"} for text in (*settings.overrides, *more)}
+    for text, keys in given.items():
+        if ignored := sorted(key for key in keys if _below(key, SET_HERE)):
+            raise ValueError(f"override {text!r} would be ignored: the benchmark decides {', '.join(ignored)}")
     if config.data.validation is None:
         raise ValueError("data.validation is null; held-out loss needs a shard folder: data.validation=FOLDER")
     training = replace(
@@ -218,12 +218,12 @@ def _own_config(settings: Settings, more: Sequence[str]) -> RunConfig:
         preview=PreviewConfig(),
         ema=replace(config.training.ema, snapshot_every_images=0),
     )
-    return replace(config, training=training)
+    return replace(config, training=training), {key for text in more for key in given[text]}
 
 
 def _below(key: str, keys: Sequence[str]) -> bool:
-    """Whether a dotted key is one of these, is below one, or holds one."""
-    return any(f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.") for other in keys)
+    """Whether a dotted key is one of these, or below one."""
+    return any(key == other or key.startswith(f"{other}.") for other in keys)
 
 
 def _refuse_missing_data(config: RunConfig) -> None:
@@ -265,17 +265,16 @@ def _candidates(settings: Settings, config: RunConfig) -> list[Candidate]:
     for name, overrides in (settings.variants or {}).items():
         if name in (OWN, BASELINE):
             raise ValueError(f"--variant={name!r}: the name is taken")
-        for override in overrides:
-            if _below(override.partition("=")[0], MEASURE):
-                raise ValueError(
-                    f"--variant {name}: {override!r} changes what a held-out loss means, so that the rows could not be compared"
-                )
         try:
-            changed = _own_config(settings, overrides)
+            changed, given = _own_config(settings, overrides)
         except ValueError as error:
             raise ValueError(f"--variant {name}: {error}") from error
-        own_rate = any(_below(override.partition("=")[0], ("training.optimizer.learning_rate",)) for override in overrides)
-        rates = (changed.training.optimizer.learning_rate,) if own_rate or not settings.rates else tuple(settings.rates)
+        if other_measure := sorted(key for key in given if _below(key, MEASURE)):
+            raise ValueError(
+                f"--variant {name}: {', '.join(other_measure)} changes what a held-out loss means, and rows could not be compared"
+            )
+        rate = changed.training.optimizer.learning_rate
+        rates = (rate,) if "training.optimizer.learning_rate" in given else tuple(settings.rates) or (rate,)
         found.append(Candidate(name, changed, rates, own_flops(changed.stage)))
     return found
 
@@ -364,15 +363,16 @@ def _outcome(ended: _Running) -> Outcome:
 
 def _row(run: Run, outcome: Outcome) -> Row:
     if outcome.steps is None:
-        return Row(run.name, None, more={"failed": outcome.failure})
+        return Row(run.name, None, more={"process s": outcome.seconds, "failed": outcome.failure})
     steps = outcome.steps
     more = {
         "GFLOP": run.candidate.flops / 1e9,
         "images/s": steps.images_per_second,
         "images seen": steps.images,
-        "data wait": f"{steps.data_wait:.1%}",
+        "data wait": steps.data_wait,
         "held-out loss": outcome.loss,
         "standard error": outcome.standard_error,
+        "process s": outcome.seconds,
     }
     return Row(run.name, Timing((steps.seconds,)), more=more)
 

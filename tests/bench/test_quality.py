@@ -191,11 +191,11 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, own_registry: None) -> list
 
 def test_candidates_differ_in_their_network_alone(write_config: Any, in_this_process: list[RunConfig]) -> None:
     told: list[str] = []
-    variants = {"weighted": ["training.uncertainty_weighting=true"]}
-    settings = Settings(write_config("run"), minutes=0.001, seeds=1, baseline_rates=[1e30, 1e-3], variants=variants)
+    variants = {"weighted": ["training={uncertainty_weighting: true, optimizer: {learning_rate: 0.02}}"]}
+    settings = Settings(write_config("run"), minutes=0.001, seeds=1, rates=[0.01], baseline_rates=[1e30, 1e-3], variants=variants)
     result = bench_quality(settings, told.append)
     rows = {row.name: row for row in result.rows}
-    runs = [f"{name}, seed 0" for name in ("diffusers, rate 0.001", "t2i-experts, rate 0.01", "weighted, rate 0.01")]
+    runs = [f"{name}, seed 0" for name in ("diffusers, rate 0.001", "t2i-experts, rate 0.01", "weighted, rate 0.02")]
     assert {*runs, "diffusers, rate 1e+30, seed 0"} == {name for name in rows if "seed" in name}
     assert len(told) == 4 and sum("failed" in line for line in told) == 1
     (failed,) = failures(result)
@@ -209,7 +209,8 @@ def test_candidates_differ_in_their_network_alone(write_config: Any, in_this_pro
     training = replace(theirs.training, optimizer=replace(theirs.training.optimizer, learning_rate=0.01))
     assert replace(theirs, output="", stage=ours.stage, training=training) == replace(ours, output="")
     assert theirs.stage == replace(ours.stage, network=theirs.stage.network)
-    assert replace(weighted, output="", training=replace(weighted.training, uncertainty_weighting=False)) == replace(ours, output="")
+    training = replace(weighted.training, uncertainty_weighting=False, optimizer=ours.training.optimizer)
+    assert replace(weighted, output="", training=training) == replace(ours, output="")
 
 
 def _is_baseline(config: RunConfig) -> bool:
@@ -266,13 +267,15 @@ def test_each_run_has_its_device_and_a_failing_one_says_why(write_config: Any, t
         ({"devices": ["tpu"]}, "--devices='tpu'.*cpu"),
         ({"overrides": ["output=x"]}, "output=x' would be ignored"),
         ({"overrides": ["training.validation={every_images: 3}"]}, "would be ignored"),
+        ({"overrides": ["training={seed: 3}"]}, "the benchmark decides training.seed"),
         ({"overrides": ["data.validation=null", "training.validation.images=3"]}, "data.validation"),
         ({"overrides": ["data.train=[nowhere]"]}, "nowhere"),
         ({"overrides": [OTHER_NETWORK]}, "backbone='other'.*--alone"),
         ({"baseline": False, "baseline_rates": [1.0]}, "--baseline-rates"),
         ({"baseline": False, "variants": {"loud": ["stage.noise.std=2"]}}, "--variant loud: .*held-out loss"),
+        ({"baseline": False, "variants": {"other": ["training.validation={images: 3}"]}}, "--variant other: training.validation.images"),
         ({"baseline": False, "variants": {"odd": ["training.colour=2"]}}, "--variant odd: .*colour"),
-        ({"baseline": False, "variants": {"diffusers": ["training.seed=2"]}}, "taken"),
+        ({"baseline": False, "variants": {"diffusers": ["training.batch_size=2"]}}, "taken"),
     ],
 )
 def test_wrong_settings(write_config: Any, settings: dict[str, Any], complaint: str) -> None:
