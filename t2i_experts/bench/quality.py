@@ -302,14 +302,14 @@ class _Running:
 def _side_by_side(
     runs: Iterable[Run], devices: Sequence[str], root: Path, settings: Settings, tell: Callable[[str], object]
 ) -> dict[Run, Outcome]:
-    """All runs, in their order, one at a time on each device; what still runs is ended if this is interrupted."""
-    waiting, running, found = deque(runs), dict[str, _Running](), dict[Run, Outcome]()
-    total = len(waiting)
+    """All runs, one at a time on each device; what still runs is ended if this is interrupted."""
+    waiting, running, found = _queues(list(runs), devices), dict[str, _Running](), dict[Run, Outcome]()
+    total = sum(map(len, waiting.values()))
     try:
-        while waiting or running:
-            for device in devices:
-                if device not in running and waiting:
-                    run = waiting.popleft()
+        while running or any(waiting.values()):
+            for device, queue in waiting.items():
+                if queue and device not in running:
+                    run = queue.popleft()
                     folder = root / re.sub(r"[^\w.-]+", "-", run.name)
                     running[device] = _Running(run, folder, _start(run, folder, device, settings.minutes), time.monotonic())
             time.sleep(0.05)
@@ -326,6 +326,14 @@ def _side_by_side(
             one.process.kill()
             one.process.wait()
     return found
+
+
+def _queues(runs: Sequence[Run], devices: Sequence[str]) -> dict[str, deque[Run]]:
+    """The runs of each device. Each time all have got one, the next begins one further on, so that no candidate keeps to a device."""
+    queues: dict[str, deque[Run]] = {device: deque() for device in devices}
+    for i, run in enumerate(runs):
+        queues[devices[(i + i // len(devices)) % len(devices)]].append(run)
+    return queues
 
 
 def _start(run: Run, folder: Path, device: str, minutes: float) -> subprocess.Popen[str]:

@@ -259,6 +259,18 @@ def test_each_run_has_its_device_and_a_failing_one_says_why(write_config: Any, t
         quality._start(run, folder, "cpu", 2)
 
 
+def test_candidates_change_devices() -> None:
+    candidates = [Candidate(name, None, (0.1,), 1) for name in ("a", "b")]  # type: ignore[arg-type]
+    runs = [Run(candidate, 0.1, seed) for seed in (0, 1) for candidate in candidates]
+
+    def shared(*devices: str) -> dict[str, list[str]]:
+        return {device: [f"{run.candidate.name}{run.seed}" for run in queue] for device, queue in quality._queues(runs, devices).items()}
+
+    assert shared("0") == {"0": ["a0", "b0", "a1", "b1"]}
+    assert shared("0", "1") == {"0": ["a0", "b1"], "1": ["b0", "a1"]}
+    assert shared("0", "1", "2", "3") == {"0": ["a0"], "1": ["b0"], "2": ["a1"], "3": ["b1"]}
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
