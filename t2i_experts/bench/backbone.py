@@ -197,10 +197,12 @@ def _blocks_of_equal_flops(stage: StageConfig, specs: Sequence[ResolutionSpec], 
     """How many blocks of each resolution, at most one more or fewer than it has, and their FLOPs: the fewest changes within `TOLERANCE` of
     the aim, or else the nearest. Every further block of a resolution costs the same."""
 
+    channels, *_ = _shape(stage)
+
     def count(blocks: Sequence[int]) -> int:
         network = replace(stage.network, resolutions=[replace(spec, blocks=n) for spec, n in zip(specs, blocks, strict=True)])
         changed = replace(stage, network=as_diffusers(network))
-        return _flops(stage, lambda: EDMPrecond(build_diffusers(changed, in_channels=IMAGE_CHANNELS, out_channels=IMAGE_CHANNELS)))
+        return _flops(stage, lambda: EDMPrecond(build_diffusers(changed, in_channels=channels, out_channels=channels)))
 
     levels = range(len(specs))
     one = count([1] * len(specs))
@@ -226,5 +228,10 @@ def _flops(stage: StageConfig, make: Callable[[], nn.Module]) -> int:
     with FakeTensorMode():
         materialized(network)
         text = {name: Embedding.null(1, e.max_tokens, e.width, e.pooled_width) for name, e in stage.encoders.items()}
-        image = torch.zeros(1, IMAGE_CHANNELS, stage.size, stage.size)
+        image = torch.zeros(1, *_shape(stage))
         return flops(lambda: network(image, torch.ones(1), Conditioning(text)))
+
+
+def _shape(stage: StageConfig) -> tuple[int, int, int]:
+    """(C, H, W) of what a stage's network takes and gives."""
+    return (IMAGE_CHANNELS, stage.size, stage.size)
