@@ -195,12 +195,17 @@ def quality(
     seeds: Annotated[int, typer.Option(help="Runs of each candidate.")] = 2,
     rates: Annotated[
         str | None,
-        typer.Option(metavar="RATE,RATE", help="Learning rates, of which the best counts; default: the config's.", show_default=False),
+        typer.Option(
+            "--rates", metavar="RATE,RATE", help="Learning rates, of which the best counts; default: the config's.", show_default=False
+        ),
     ] = None,
-    baseline_rates: Annotated[str | None, typer.Option(metavar="RATE,RATE", help="The same for the baseline.", show_default=False)] = None,
+    baseline_rates: Annotated[
+        str | None, typer.Option("--baseline-rates", metavar="RATE,RATE", help="The same for the baseline.", show_default=False)
+    ] = None,
     variant: Annotated[
         list[str] | None,
         typer.Option(
+            "--variant",
             metavar="NAME:KEY=VALUE,...",
             help="This project's network with other values, as a candidate more; repeatable.",
             show_default=False,
@@ -210,7 +215,10 @@ def quality(
     devices: Annotated[
         str | None,
         typer.Option(
-            metavar="0,1", help="GPUs by number, a run on each at a time, or cpu; default: the best there is.", show_default=False
+            "--devices",
+            metavar="0,1",
+            help="GPUs by number, a run on each at a time, or cpu; default: the best there is.",
+            show_default=False,
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A folder that keeps the runs; default: they are removed.", show_default=False)] = None,
@@ -246,7 +254,7 @@ def quality(
 @app.command()
 def growth(
     network: Network = "100m",
-    plot: Annotated[Path, typer.Option(metavar="FILE.png", help="Where the charts go.")] = Path("growth.png"),
+    plot: Annotated[Path, typer.Option("--plot", metavar="FILE.png", help="Where the charts go.")] = Path("growth.png"),
     compile: Annotated[bool, typer.Option("--compile", help="Compile everything, which takes minutes for each shape.")] = False,
     minutes: Annotated[float, typer.Option(help="What would begin later is left out; the cheapest comes first.")] = 4.0,
     repeats: Repeats = 5,

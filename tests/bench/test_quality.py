@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from t2i_experts.bench import backbone, quality, quality_run
+from t2i_experts.bench import backbone, device, quality, quality_run
 from t2i_experts.bench.backbone import NAME, TOLERANCE, Counterpart, as_diffusers, build_diffusers, counterpart
 from t2i_experts.bench.quality import Candidate, Outcome, Run, Settings, bench_quality, failures, parse_rates, parse_variant
 from t2i_experts.bench.quality_run import StepTime, step_time, train_for
 from t2i_experts.config import ResolutionSpec, RunConfig, StageConfig, load_config, to_yaml
 from t2i_experts.registry import Registry, registry
+from t2i_experts.training import tracking
 from t2i_experts.training.history import read_history
 from t2i_experts.types import Embedding
 
@@ -142,8 +143,10 @@ def test_variants_and_rates_are_read() -> None:
 
 @pytest.fixture
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is registered is forgotten afterwards."""
+    """What is registered is forgotten afterwards; runs draw no charts of themselves, which take longer than they do."""
     monkeypatch.setattr(registry, "_parts", Registry()._parts)
+    monkeypatch.setattr(tracking, "write_report", lambda root: None)
+    monkeypatch.setattr(device, "free", lambda device: None)
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
@@ -185,6 +188,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, own_registry: None) -> list
 
     monkeypatch.setattr(quality, "_start", start)
     monkeypatch.setattr(quality_run, "_rehearse", lambda *_: 500.0)
+    monkeypatch.setattr(quality, "own_flops", lambda stage: 10**6)
     monkeypatch.setattr(quality, "counterpart", lambda stage: Counterpart(as_diffusers(stage.network), 10**6, 10**6))
     return configs
 
