@@ -1,4 +1,4 @@
-"""Whether a config can be trained here: its encoders, shards, disk, memory and speed. Nothing is downloaded or left behind."""
+"""Whether a config can be trained here: its encoders, codec, shards, disk, memory and speed. Nothing is downloaded or left behind."""
 
 from __future__ import annotations
 
@@ -54,6 +54,29 @@ def _encoder(name: str, config: EncoderConfig, found: Presence, problem: str) ->
     return Finding(name, f"{config.kind} {model}: {size(found.bytes)} in {found.place}", value)
 
 
+def codec(config: RunConfig) -> list[Finding]:
+    """Where the codec is, or how to get it; nothing if pictures are denoised as they are. Raises ValueError for an unknown kind."""
+    chosen, found = config.stage.codec, _find_codec(config)
+    if not chosen.latents:
+        return []
+    name = f"{chosen.kind} {chosen.model}" if chosen.model else chosen.kind
+    if found is None:
+        return [Finding("codec", f"{name}: a plugin's, which only it can find", {"model": chosen.model, "found": None})]
+    value = {"model": chosen.model, "found": str(found.place) if found.place else None, "bytes": found.bytes, "remedy": found.remedy}
+    if found.place is None:
+        return [Finding("codec", f"{name}: not here", value, f"codec: {found.remedy}")]
+    return [Finding("codec", f"{name}: {size(found.bytes)} in {found.place}", value)]
+
+
+def _find_codec(config: RunConfig) -> Presence | None:
+    """Where its files are; None if only it can tell."""
+    from t2i_experts.registry import registry
+
+    find = getattr(registry.get("codec", config.stage.codec.kind), "find", None)
+    found: Presence | None = find(config.stage.codec) if find else None
+    return found
+
+
 def shards(config: RunConfig) -> list[Finding]:
     """Whether the shard folders are here and whole, as far as sizes tell. What lies behind URLs is left to `throughput`."""
     from t2i_experts.config import is_url
@@ -83,7 +106,8 @@ def disk(config: RunConfig, memory: TrainingMemory) -> list[Finding]:
     training, output = config.training, Path(config.output)
     checkpoint = memory.weights + memory.averages + memory.optimizer
     kept = training.keep_checkpoints + 1 + bool(training.validation.every_images)  # one that is being written, and the best
-    copied = {found.place: found.bytes for found in map(find_encoder, config.stage.encoders.values()) if found.local}
+    parts = [*map(find_encoder, config.stage.encoders.values()), _find_codec(config)]
+    copied = {found.place: found.bytes for found in parts if found and found.local}
     models = (1 + bool(training.validation.every_images)) * (memory.weights + sum(copied.values()))
     every = training.ema.snapshot_every_images
     snapshots = training.images // every * memory.averages if every else 0
@@ -111,6 +135,9 @@ def memory_rows(config: RunConfig, memory: TrainingMemory, sampling: SamplingMem
         *(Finding(name, size(getattr(memory, name)), getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "averages")),
         Finding("encoders", _encoder_sizes(memory), dict(memory.encoders), note=_unknown(memory)),
     ]
+    if config.stage.codec.latents:
+        unknown = "the codec is not in the estimates: what it is is not known here" if memory.codec is None else ""
+        rows.append(Finding("codec", "unknown" if memory.codec is None else size(memory.codec), memory.codec, note=unknown))
     activations, note = size(memory.activations), ""
     if memory.compiled:
         activations += f" compiled ({size(memory.uncompiled)} if it were not)"
