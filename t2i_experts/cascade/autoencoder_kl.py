@@ -122,8 +122,7 @@ class AutoencoderKLCodec:
             if generator is not None:
                 deviation = torch.cat([posterior.std for posterior in posteriors]).float()
                 latents = latents + deviation * torch.randn(latents.shape, generator=generator, device=latents.device)
-            latents = (latents - self.model.latents_shift) * self.model.latents_scale
-        return latents.contiguous(memory_format=torch.channels_last)
+            return (latents - self.model.latents_shift) * self.model.latents_scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures of latents, (B, 3, H, W) float32; see `Codec`."""

@@ -37,7 +37,7 @@ class Codec(Protocol):
         ...
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """What is denoised for pictures (B, 3, H, W) float32 in [-1, 1]: (B, C, H / factor, W / factor) float32, channels last.
+        """What is denoised for pictures (B, 3, H, W) float32 in [-1, 1]: (B, C, H / factor, W / factor) float32.
 
         Its standard deviation is `stage.noise.sigma_data`. A codec that is random draws from the generator, which is on the same device, as
         in training; without one it gives its best guess, and the same one every time.

@@ -115,6 +115,7 @@ def estimate_training(config: RunConfig, *, processes: int = 1) -> TrainingMemor
                 images = _images(stage, batch)
                 conditioning = _encoded(stage, encoders, images, {name: 1 - e.drop for name, e in stage.encoders.items()})
                 latents = _denoised(stage, batch) if codec is None else codec.encode(images)
+                latents = latents.contiguous(memory_format=torch.channels_last)
                 encoding = encoding or allocations.peak
                 sigma, eps = torch.rand(batch), torch.randn(latents.shape)
                 with bf16:

@@ -111,6 +111,10 @@ class DiffusionTask:
         """(B, 3, H, W) uint8 on the CPU to float32 in [-1, 1] on the device, channels last."""
         return from_uint8(pixels.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
 
+    def latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """What is denoised for images (B, 3, H, W), channels last: themselves, or what a codec makes of them (see `Codec.encode`)."""
+        return self.codec.encode(images, generator).contiguous(memory_format=torch.channels_last)
+
     def losses(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss of each image, and the noise level at which it was taken, both (B,) float32 on the device.
 
@@ -123,7 +127,7 @@ class DiffusionTask:
         images = self.images(batch.images)
         conditioning = self.conditioner.encode(batch.tokens, images, batch.drops)
         sigma = to_device(sigma_from_uniform(self.noise, batch.uniform).float(), self.device)
-        latents = self.codec.encode(images, generator)
+        latents = self.latents(images, generator)
         eps = torch.randn(latents.shape, generator=generator, device=self.device)
         with self.autocast():
             return self.loss(denoiser, latents, sigma, eps, conditioning), sigma

@@ -108,7 +108,7 @@ def validate(
         pixels = task.images(torch.stack([sample.image for sample in samples]))
         drops = {name: torch.full((len(rows),), name in without) for name in task.stage.encoders}
         conditioning = task.conditioner.encode(text_inputs(task.conditioner.tokenizer, captions, features), pixels, drops)
-        latents = task.codec.encode(pixels)
+        latents = task.latents(pixels)
         eps = torch.stack([_noise(i, latents.shape[1:]) for i in rows]).to(task.device)
         sigmas = torch.stack([fixed_sigmas(task.noise, i, bins) for i in rows]).float().to(task.device)
         for b in range(bins):
