@@ -115,6 +115,47 @@ def test_it_is_diffusers_own_scaled_to_sigma_data(
             torch.testing.assert_close(codec.decode(latents), model.decode(z).sample, rtol=1e-4, atol=1e-5)
 
 
+def test_weights_under_the_names_of_old_autoencoders_are_read(stage: StageConfig, vae: Path, tmp_path: Path) -> None:
+    """Those of Stable Diffusion's first ones, whose attention was called otherwise."""
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def renamed(name: str) -> str:
+        return next((name.replace(f".{new}.", f".{before}.") for new, before in old.items() if f".{new}." in name), name)
+
+    folder = edited(vae, tmp_path / "vae")
+    weights = load_file(folder / WEIGHTS)
+    assert sum(renamed(name) != name for name in weights) == 16
+    save_file({renamed(name): tensor for name, tensor in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    images = pictures()
+    assert torch.equal(load_codec(latent(stage, folder)).encode(images), load_codec(stage).encode(images))
+
+
+def test_one_of_the_hub_is_fetched_from_its_folder_and_goes_by_its_name(
+    stage_config: StageConfig, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def download(repository: str, file: str) -> str:
+        asked.append((repository, file))
+        if repository == "own/none":
+            raise OSError("404\nnot found")
+        return str(vae / Path(file).name)
+
+    monkeypatch.setattr("t2i_experts.cascade.autoencoder_kl.hf_hub_download", download)
+    for model, inside in (("own/thing", ""), ("own/thing/some/vae", "some/vae/")):
+        asked.clear()
+        stage = latent(stage_config, model)
+        codec = load_codec(stage)
+        assert asked == [("own/thing", f"{inside}config.json"), ("own/thing", f"{inside}{WEIGHTS}")]
+        assert torch.equal(codec.encode(pictures()), load_codec(latent(stage_config, vae)).encode(pictures()))
+    folder, conditioner = tmp_path / "model", TextConditioner.from_config(stage.encoders)
+    save_model(folder, stage, SamplingConfig(), build_network(stage).state_dict(), conditioner, codec=codec)
+    assert json.loads((folder / "base64" / "config.json").read_text())["codec"]["model"] == "own/thing/some/vae"
+    assert not (folder / "vae").exists()
+    with pytest.raises(ValueError, match=r"^codec: codec model 'own/none' is not .*, and the hub did not give it: 404 not found$"):
+        load_codec(latent(stage_config, "own/none"))
+
+
 def test_how_many_are_computed_together_changes_nothing(stage: StageConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     codec, images = load_codec(stage), pictures(5)
     encoded = codec.encode(images, seeded())
@@ -131,8 +172,8 @@ def test_it_computes_in_its_own_dtype_whatever_is_around_it(stage: StageConfig) 
     codec, images = load_codec(stage), pictures()
     with torch.autocast("cpu", torch.bfloat16):
         encoded = codec.encode(images)
-        assert torch.equal(codec.decode(encoded), load_codec(stage).decode(encoded))
-    assert torch.equal(encoded, codec.encode(images))
+        decoded = codec.decode(encoded)
+    assert torch.equal(encoded, codec.encode(images)) and torch.equal(decoded, codec.decode(encoded))
     half = load_codec(replace(stage, codec=replace(stage.codec, dtype="bfloat16")))
     assert half.model is not None and {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
     assert half.encode(images).dtype == half.decode(encoded).dtype == torch.float32
