@@ -84,23 +84,34 @@ def load_codec(stage: StageConfig, *, root: Path | None = None, device: torch.de
 
     Raises ValueError for an unknown kind, files that cannot be loaded, and channels or a factor that are not the configured ones.
     """
-    config = stage.codec
     try:
-        codec: Codec = registry.get("codec", config.kind).load(stage, root, device)
-        for field in ("channels", "factor"):
-            found, configured = getattr(codec, field), getattr(config, field)
-            if found != configured:
-                raise ValueError(f"{field}={configured}, but {config.model or config.kind!r} has {found}")
+        codec: Codec = registry.get("codec", stage.codec.kind).load(stage, root, device)
+        _refuse_misfit(codec, stage)
     except ValueError as error:
         raise ValueError(f"codec: {error}") from error
     return codec
 
 
 def blank_codec(stage: StageConfig) -> Codec | None:
-    """The codec of a stage without its weights, on the meta device; None if what it is made of is not known here."""
-    blank = getattr(registry.get("codec", stage.codec.kind), "blank", None)
-    codec: Codec | None = blank(stage) if blank else None
+    """The codec of a stage without its weights, on the meta device; None if what it is made of is not known here.
+
+    Raises ValueError for an unknown kind, and channels or a factor that are not the configured ones.
+    """
+    try:
+        blank = getattr(registry.get("codec", stage.codec.kind), "blank", None)
+        codec: Codec | None = blank(stage) if blank else None
+        if codec is not None:
+            _refuse_misfit(codec, stage)
+    except ValueError as error:
+        raise ValueError(f"codec: {error}") from error
     return codec
+
+
+def _refuse_misfit(codec: Codec, stage: StageConfig) -> None:
+    for field in ("channels", "factor"):
+        found, configured = getattr(codec, field), getattr(stage.codec, field)
+        if found != configured:
+            raise ValueError(f"{field}={configured}, but {stage.codec.model or stage.codec.kind!r} has {found}")
 
 
 def latent_shape(stage: StageConfig, shape: tuple[int, int]) -> tuple[int, int, int]:
