@@ -320,9 +320,9 @@ def test_doctor_counts_it(vae: Path, write_config: WriteConfig, capsys: pytest.C
     assert estimated.codec == sum(tensor.nbytes for tensor in load_file(vae / WEIGHTS).values()) + 2 * 4
     assert estimated.total == pytest.approx(measured.peak, rel=0.15)
     # Network and encoders take next to nothing of these large pictures, and nearly all is the decoder's.
-    sampling = [estimate_sampling(replace(config.stage, size=512), images) for images in (1, 16)]
+    sampling = [estimate_sampling(replace(config.stage, size=512), images) for images in (1, 8)]
     assert sampling[0].activations > 8 * 4 * 512**2 * 2
-    assert sampling[1].activations < 6 * sampling[0].activations
+    assert sampling[1].activations < 5 * sampling[0].activations
     (found,) = preflight.codec(config)
     assert found.value["found"] == str(vae) and found.value["bytes"] == (vae / WEIGHTS).stat().st_size and not found.problem
     absent = [*codec, "stage.codec.model=nobody/nothing/vae"]
