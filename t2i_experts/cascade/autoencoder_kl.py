@@ -48,7 +48,7 @@ class AutoencoderKLCodec:
             shift, scale = list(config.latents_mean), [1 / deviation for deviation in config.latents_std]
         for name, values in (("latents_shift", shift), ("latents_scale", [value * sigma_data for value in scale])):
             factors = torch.tensor(values, dtype=torch.float32, device=device_of(model))[:, None, None]
-            model.register_buffer(name, factors, persistent=False)  # so that it is wherever the weights are
+            model.register_buffer(name, factors)  # so that it is wherever the weights are, and in their fingerprint
 
     @classmethod
     def load(cls, stage: StageConfig, root: Path | None, device: torch.device | str) -> AutoencoderKLCodec:

@@ -49,7 +49,7 @@ class TrainState:
     images_seen: of the global order, by all processes. dataset_hash: of the shards that the order runs over. encoders: fingerprints of the
     frozen encoders' weights, by name. config: resolved, as plain values. weighting: of the noise levels, if the run learns one.
     rollbacks: how often the run diverged and went back. watch: what `LossWatch` has seen, as plain values. codec: fingerprint of the
-    codec's weights, None for one that has none.
+    codec's `model`, None for one that has none.
     """
 
     network: nn.Module
@@ -123,7 +123,7 @@ class TrainState:
                 f"{folder} was trained with other weights of the encoders {', '.join(changed)}: give the run another output folder"
             )
         if facts.get("codec") != self.codec:
-            raise ValueError(f"{folder} was trained with other weights of the codec: give the run another output folder")
+            raise ValueError(f"{folder} was trained with other weights or another normalisation of the codec: give the run another output folder")
         if facts["dataset_hash"] != self.dataset_hash:
             raise ValueError(
                 f"{folder} was trained on other shards (dataset hash {facts['dataset_hash']}, now {self.dataset_hash}): "

@@ -258,10 +258,18 @@ def test_a_run_on_latents_resumes_exactly_and_its_model_draws(
     with Image.open(tmp_path / "whole/previews/000000000032.png") as sheet:
         assert sheet.size == (34, 16)  # two pictures
 
-    weights = load_file(own / WEIGHTS)
-    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, own / WEIGHTS, metadata={"format": "pt"})
-    code, _, err = run(*whole, "training.images=64")
-    assert (code, len(err.splitlines())) == (2, 1) and "other weights of the codec" in err
+    def spoil_weights() -> None:
+        weights = {name: tensor * 1.01 for name, tensor in load_file(own / WEIGHTS).items()}
+        save_file(weights, own / WEIGHTS, metadata={"format": "pt"})
+
+    def spoil_normalisation() -> None:
+        (own / "config.json").write_text((own / "config.json").read_text().replace('"scaling_factor": 0.4', '"scaling_factor": 0.5'))
+
+    for spoil in (spoil_normalisation, spoil_weights):
+        shutil.copytree(vae, own, dirs_exist_ok=True)
+        spoil()
+        code, _, err = run(*whole, "training.images=64")
+        assert (code, len(err.splitlines())) == (2, 1) and "other weights or another normalisation of the codec" in err
 
     shutil.rmtree(own)  # the model folder has all that it needs
     model = tmp_path / "whole" / "model"
