@@ -37,7 +37,7 @@ class AutoencoderKLCodec:
     """
 
     def __init__(self, model: Any, sigma_data: float, files: tuple[Path, ...] = ()) -> None:
-        """model: with its weights, where and in which dtype it is to compute."""
+        """model: with its weights, where and in which dtype it is to compute. Raises ValueError for a normalisation that does not fit."""
         config = model.config
         self.model: Any = model
         self.channels: int = config.latent_channels
@@ -46,6 +46,10 @@ class AutoencoderKLCodec:
         shift, scale = [config.shift_factor or 0.0], [config.scaling_factor]
         if config.latents_mean and config.latents_std:
             shift, scale = list(config.latents_mean), [1 / deviation for deviation in config.latents_std]
+            if not len(shift) == len(scale) == self.channels:
+                raise ValueError(
+                    f"the autoencoder has {self.channels} channels, but {len(shift)} latents_mean and {len(scale)} latents_std"
+                )
         for name, values in (("latents_shift", shift), ("latents_scale", [value * sigma_data for value in scale])):
             factors = torch.tensor(values, dtype=torch.float32, device=device_of(model))[:, None, None]
             model.register_buffer(name, factors)  # so that it is wherever the weights are, and in their fingerprint
@@ -54,7 +58,7 @@ class AutoencoderKLCodec:
     def load(cls, stage: StageConfig, root: Path | None, device: torch.device | str) -> AutoencoderKLCodec:
         """Reads a local folder, or downloads from the hub once. Raises ValueError for what is missing, damaged or no such autoencoder."""
         model = str(stage.codec.model)
-        dtype = dtype_named(stage.codec.dtype, model)
+        dtype = dtype_named(stage.codec.dtype, model, "codec")
         folder = local_folder(model, root, "codec")
         place = _downloaded(model) if folder is None else folder
         _read_config(place)
@@ -77,16 +81,14 @@ class AutoencoderKLCodec:
         """The one that `load` would give, on the meta device; None if its config.json is not on this machine, or diffusers."""
         model = str(stage.codec.model)
         try:
-            folder = local_folder(model, None, "codec")
-            repository, inside = ("", "") if folder else _on_the_hub(model)
-            file = folder / FILES[0] if folder else cached(repository, f"{inside}{FILES[0]}")
+            file, _ = _here(model)
             config = _read_config(file.parent) if file else None
         except ValueError:
             return None
         if config is None or find_spec("diffusers") is None:
             return None
         with torch.device("meta"), _quiet() as library:
-            blank = freeze(library.AutoencoderKL.from_config(config), "meta", dtype_named(stage.codec.dtype, model))
+            blank = freeze(library.AutoencoderKL.from_config(config), "meta", dtype_named(stage.codec.dtype, model, "codec"))
         return cls(blank, stage.noise.sigma_data)
 
     @classmethod
@@ -97,20 +99,19 @@ class AutoencoderKLCodec:
             return Presence(remedy=f"the codec autoencoder_kl needs diffusers: {_INSTALL}")
         try:
             folder = local_folder(model, None, "codec")
-            if folder is None:
-                repository, inside = _on_the_hub(model)
+            file, weights = _here(model)
+            if file is not None:
+                _read_config(file.parent)
         except ValueError as error:
             return Presence(remedy=f"{error}; put the autoencoder there, or name a hub id")
+        if file is not None and weights is not None:
+            return Presence(weights.parent, weights.stat().st_size, local=folder is not None)
         if folder is not None:
             lacking = [name for name in FILES if not (folder / name).is_file()]
-            if lacking:
-                return Presence(remedy=f"{folder} lacks {' and '.join(lacking)}: copy the whole autoencoder there")
-            return Presence(folder, sum((folder / name).stat().st_size for name in FILES[1:]), local=True)
-        found = [cached(repository, f"{inside}{name}") for name in FILES]
-        if found[0] is None or found[1] is None:
-            names = " ".join(f"{inside}{name}" for name in FILES)
-            return Presence(remedy=f"hf download {repository} {names}, or set stage.codec.model to a local folder that holds them")
-        return Presence(found[1].parent, found[1].stat().st_size)
+            return Presence(remedy=f"{folder} lacks {' and '.join(lacking)}: copy the whole autoencoder there")
+        repository, inside = _on_the_hub(model)
+        names = " ".join(f"{inside}{name}" for name in FILES)
+        return Presence(remedy=f"hf download {repository} {names}, or set stage.codec.model to a local folder that holds them")
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Latents of pictures (B, 3, H, W) in [-1, 1], (B, C, H / factor, W / factor) float32; see `Codec`."""
@@ -156,6 +157,15 @@ def _on_the_hub(model: str) -> tuple[str, str]:
     if not owner or not name:
         raise ValueError(f"codec model {model!r} is neither a folder nor a hub id of the form owner/name or owner/name/folder")
     return f"{owner}/{name}", f"{inside.rstrip('/')}/" if inside else ""
+
+
+def _here(model: str) -> list[Path | None]:
+    """Where each of `FILES` is: in the local folder, or among what the hub has given before. Raises ValueError for what can be neither."""
+    folder = local_folder(model, None, "codec")
+    if folder is None:
+        repository, inside = _on_the_hub(model)
+        return [cached(repository, f"{inside}{name}") for name in FILES]
+    return [folder / name if (folder / name).is_file() else None for name in FILES]
 
 
 def _downloaded(model: str) -> Path:

@@ -16,11 +16,14 @@ from t2i_experts.registry import registry
 
 
 class Codec(Protocol):
-    """Between pictures and what is denoised; frozen. Registered under `codec` by its kind.
+    """Between pictures and what is denoised. Registered under `codec` by its kind.
+
+    It is frozen: `encode` and `decode` compute without gradients, and in its own dtype whatever autocast is around them.
 
     channels, factor: pictures (B, 3, H, W) become (B, channels, H / factor, W / factor); both multiples of `factor`.
     model: its weights, on the device on which `encode` and `decode` run; None if it has none.
-    files: those of a local folder that `load` reads, and which a model folder copies; () for public weights and for none.
+    files: those of a local folder that `load` reads, and which a model folder copies to `vae/`, which its `stage.codec.model` then names:
+    `local_folder(stage.codec.model, root, "codec")` finds either. () for public weights and for none.
 
     A class may have two class methods more, for `t2i-experts doctor`: `find(config: CodecConfig)`, which says as a `Presence` where its
     files are, and `blank(stage)`, which gives a codec whose `model` is on the meta device, or None, for the estimate of memory.
@@ -121,5 +124,6 @@ def latent_shape(stage: StageConfig, shape: tuple[int, int]) -> tuple[int, int, 
 
 
 def fits(codec: Codec, stage: StageConfig) -> bool:
-    """Whether a codec gives what the stage's config says."""
-    return (codec.channels, codec.factor) == (stage.codec.channels, stage.codec.factor)
+    """Whether a codec gives what the stage's config says; pixels alone, which another codec may give the shape of, are `PIXEL`'s."""
+    same_shape = (codec.channels, codec.factor) == (stage.codec.channels, stage.codec.factor)
+    return same_shape and isinstance(codec, PixelCodec) != stage.codec.latents

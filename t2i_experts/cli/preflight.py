@@ -11,7 +11,7 @@ from t2i_experts.cli.findings import Finding, size
 
 if TYPE_CHECKING:
     from t2i_experts.conditioning.presence import Presence
-    from t2i_experts.config import EncoderConfig, RunConfig
+    from t2i_experts.config import RunConfig
     from t2i_experts.training.measure import MeasuredStep
     from t2i_experts.training.memory import SamplingMemory, TrainingMemory
 
@@ -40,18 +40,10 @@ def encoders(config: RunConfig) -> list[Finding]:
     for name, presence in found.items():
         names = wanting[presence.remedy]
         problem = f"{', '.join(names)}: {presence.remedy}" if presence.remedy and name == names[0] else ""  # once for both towers of a CLIP
-        rows.append(_encoder(name, config.stage.encoders[name], presence, problem))
+        encoder = config.stage.encoders[name]
+        model = f"{encoder.model} ({encoder.pretrained})" if encoder.pretrained else encoder.model
+        rows.append(_where(name, encoder.kind, model, presence, problem))
     return rows
-
-
-def _encoder(name: str, config: EncoderConfig, found: Presence, problem: str) -> Finding:
-    model = f"{config.model} ({config.pretrained})" if config.pretrained else config.model
-    if not found.known:
-        return Finding(name, f"{config.kind} {model}: a plugin's, which only it can find", {"model": model, "found": None})
-    value = {"model": model, "found": str(found.place) if found.place else None, "bytes": found.bytes, "remedy": found.remedy}
-    if found.place is None:
-        return Finding(name, f"{config.kind} {model}: not here", value, problem)
-    return Finding(name, f"{config.kind} {model}: {size(found.bytes)} in {found.place}", value)
 
 
 def codec(config: RunConfig) -> list[Finding]:
@@ -59,21 +51,26 @@ def codec(config: RunConfig) -> list[Finding]:
     chosen, found = config.stage.codec, _find_codec(config)
     if not chosen.latents:
         return []
-    name = f"{chosen.kind} {chosen.model}" if chosen.model else chosen.kind
-    if found is None:
-        return [Finding("codec", f"{name}: a plugin's, which only it can find", {"model": chosen.model, "found": None})]
-    value = {"model": chosen.model, "found": str(found.place) if found.place else None, "bytes": found.bytes, "remedy": found.remedy}
+    return [_where("codec", chosen.kind, chosen.model, found, f"codec: {found.remedy}" if found.remedy else "")]
+
+
+def _where(name: str, kind: str, model: str | None, found: Presence, problem: str) -> Finding:
+    what = f"{kind} {model}" if model else kind
+    if not found.known:
+        return Finding(name, f"{what}: a plugin's, which only it can find", {"model": model, "found": None})
+    value = {"model": model, "found": str(found.place) if found.place else None, "bytes": found.bytes, "remedy": found.remedy}
     if found.place is None:
-        return [Finding("codec", f"{name}: not here", value, f"codec: {found.remedy}")]
-    return [Finding("codec", f"{name}: {size(found.bytes)} in {found.place}", value)]
+        return Finding(name, f"{what}: not here", value, problem)
+    return Finding(name, f"{what}: {size(found.bytes)} in {found.place}", value)
 
 
-def _find_codec(config: RunConfig) -> Presence | None:
-    """Where its files are; None if only it can tell."""
+def _find_codec(config: RunConfig) -> Presence:
+    """Where its files are, if it can tell. Raises ValueError for an unknown kind."""
+    from t2i_experts.conditioning.presence import Presence
     from t2i_experts.registry import registry
 
     find = getattr(registry.get("codec", config.stage.codec.kind), "find", None)
-    found: Presence | None = find(config.stage.codec) if find else None
+    found: Presence = find(config.stage.codec) if find else Presence(known=False)
     return found
 
 
@@ -107,7 +104,7 @@ def disk(config: RunConfig, memory: TrainingMemory) -> list[Finding]:
     checkpoint = memory.weights + memory.averages + memory.optimizer
     kept = training.keep_checkpoints + 1 + bool(training.validation.every_images)  # one that is being written, and the best
     parts = [*map(find_encoder, config.stage.encoders.values()), _find_codec(config)]
-    copied = {found.place: found.bytes for found in parts if found and found.local}
+    copied = {found.place: found.bytes for found in parts if found.local}
     models = (1 + bool(training.validation.every_images)) * (memory.weights + sum(copied.values()))
     every = training.ema.snapshot_every_images
     snapshots = training.images // every * memory.averages if every else 0

@@ -1,4 +1,4 @@
-"""What all frozen encoders share: where their files lie, how they are frozen, and a fingerprint of their weights."""
+"""What all frozen encoders, and codecs, share: where their files lie, how they are frozen, and a fingerprint of their weights."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ Module = TypeVar("Module", bound=nn.Module)
 def local_folder(model: str, root: Path | None, what: str = "encoder") -> Path | None:
     """The folder that an `EncoderConfig.model` names, or None if it names something public (a hub id, an architecture).
 
-    what: whose model it is, in messages, if not an encoder's.
     `embedded:NAME` ships with this package; `./NAME` lies in `root`, a model folder, if one is given; any other name is tried as a folder
     relative to `root`, then to the working directory. Raises ValueError for an embedded name that does not exist, and for what can only
-    be a path but is no folder.
+    be a path but is no folder. what: whose model it is, in messages.
     """
     if model.startswith(EMBEDDED):
         shelf = Path(str(resources.files("t2i_experts"))) / "pretrained"
@@ -65,10 +64,10 @@ def copy_file(source: Path, target: Path, earlier: Path | None = None) -> None:
     shutil.copy2(source, target)
 
 
-def dtype_named(name: str, model: str) -> torch.dtype:
-    """float32 or bfloat16. Raises ValueError for anything else: in float16 the residual stream of T5 overflows to NaN."""
+def dtype_named(name: str, model: str, what: str = "encoder") -> torch.dtype:
+    """float32 or bfloat16. Raises ValueError for anything else: in float16 the residual stream of T5, and SDXL's VAE, overflow to NaN."""
     if name not in DTYPES:
-        raise ValueError(f"encoder model {model!r}: dtype {name!r} is not one of {', '.join(DTYPES)}; float16 overflows in T5")
+        raise ValueError(f"{what} model {model!r}: dtype {name!r} is not one of {', '.join(DTYPES)}; float16 overflows")
     return DTYPES[name]
 
 

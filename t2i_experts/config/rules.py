@@ -106,7 +106,7 @@ def check_stage(stage: StageConfig, prefix: str = "stage.") -> None:
     check_stage_name(stage.name, f"{prefix}name")
     _check_numbers(stage, prefix, _STAGE)
     _check_buckets(stage, prefix)
-    _check_codec(stage, f"{prefix}codec.")
+    _check_codec(stage, prefix)
     if stage.network.backbone == "unet":
         _check_unet(stage, prefix)
     else:
@@ -146,22 +146,25 @@ CODEC_FOLDER = "vae"
 
 
 def _check_codec(stage: StageConfig, prefix: str) -> None:
-    codec = stage.codec
+    codec, where = stage.codec, f"{prefix}codec."
     if not codec.latents:
         for field in fields(codec):
             value = getattr(codec, field.name)
             if value != getattr(CodecConfig(), field.name):
-                raise ValueError(f"{prefix}{field.name}={value!r} would be ignored: {prefix}kind=pixel denoises pictures as they are")
+                raise ValueError(f"{where}{field.name}={value!r} would be ignored: {where}kind=pixel denoises pictures as they are")
         return
-    _check_numbers(codec, prefix, {"must be positive and finite": ("channels", "factor")})
+    _check_numbers(codec, where, {"must be positive and finite": ("channels", "factor")})
     if codec.kind == "autoencoder_kl" and not codec.model:
-        raise ValueError(f"{prefix}model={codec.model!r}: missing mandatory value of kind autoencoder_kl; name a folder or hub id")
+        raise ValueError(f"{where}model={codec.model!r}: missing mandatory value of kind autoencoder_kl; name a folder or hub id")
     for width, height in ((stage.size, stage.size), *stage.buckets):
         if width % codec.factor or height % codec.factor:
-            raise ValueError(f"{prefix}factor={codec.factor} must divide the sides of all pictures; received {width} x {height} px")
-    others = {stage.name, *stage.encoders, *(encoder.kind for encoder in stage.encoders.values())}
-    if CODEC_FOLDER in others:
-        raise ValueError(f"no stage and no encoder or kind of one may be called {CODEC_FOLDER!r}: a model folder keeps the codec there")
+            raise ValueError(f"{where}factor={codec.factor} must divide the sides of all pictures; received {width} x {height} px")
+    folders = {"name": stage.name}  # of a model folder, by the key that they are called after
+    for name, encoder in stage.encoders.items():
+        folders |= {f"encoders.{name}": name, f"encoders.{name}.kind": encoder.kind.removesuffix("_text").removesuffix("_image")}
+    for key, folder in folders.items():
+        if folder == CODEC_FOLDER:
+            raise ValueError(f"{prefix}{key} would take the folder {CODEC_FOLDER!r} of a model folder, which is the codec's; rename it")
 
 
 def check_threshold(threshold: float, codec: CodecConfig, prefix: str = "sampling.") -> None:

@@ -57,7 +57,8 @@ def measure_training(config: RunConfig, *, processes: int = 1) -> MeasuredStep:
     at_work = TextConditioner.from_config({n: e for n, e in config.stage.encoders.items() if n not in text}, device=device)
     stand_ins: dict[str, Encoder] = {name: StoredTextEncoder(encoder, device) for name, encoder in text.items()}
     conditioner = TextConditioner({**stand_ins, **at_work.encoders}, config.stage.encoders)
-    codec, bf16 = load_codec(config.stage, device=device), training.precision == "bf16"
+    codec = load_codec(config.stage, device=device)
+    bf16 = training.precision == "bf16"
     task = DiffusionTask(config.stage, conditioner, seed=training.seed, device=device, bf16=bf16, codec=codec)
     network = build_network(config.stage, checkpointed_resolutions=training.gradient_checkpointing).to(device)
     ema, optimizer = build_ema(network, training.ema), build_optimizer(network, training.optimizer)

@@ -60,8 +60,7 @@ class TrainingMemory:
 
 @dataclass(frozen=True)
 class SamplingMemory:
-    """Bytes on the device when `images` pictures are drawn together, with guidance. encoders, codec: as in
-    `TrainingMemory`."""
+    """Bytes on the device when `images` pictures are drawn together, with guidance. encoders, codec: as in `TrainingMemory`."""
 
     images: int
     dtype: str
@@ -88,8 +87,7 @@ def micro_batch(training: TrainingConfig, processes: int = 1) -> int:
 
 
 def estimate_training(config: RunConfig, *, processes: int = 1) -> TrainingMemory:
-    """The memory of one of `processes` processes that train `config`. Nothing is read but the architectures of the
-    encoders and the codec.
+    """The memory of one of `processes` processes that train `config`. Nothing is read but the architectures of encoders and codec.
 
     Raises ValueError for a batch that the processes cannot share.
     """

@@ -123,7 +123,9 @@ class TrainState:
                 f"{folder} was trained with other weights of the encoders {', '.join(changed)}: give the run another output folder"
             )
         if facts.get("codec") != self.codec:
-            raise ValueError(f"{folder} was trained with other weights or another normalisation of the codec: give the run another output folder")
+            raise ValueError(
+                f"{folder} was trained with other weights or another normalisation of the codec: give the run another output folder"
+            )
         if facts["dataset_hash"] != self.dataset_hash:
             raise ValueError(
                 f"{folder} was trained on other shards (dataset hash {facts['dataset_hash']}, now {self.dataset_hash}): "

@@ -78,10 +78,11 @@ class Trainer:
             self.reader = open_training_shards(config, processes=self.world_size, progress=told)
         size, held_out = config.stage.size, config.data.validation
         self.validation = ShardReader([held_out], size=size, seed=0, embeddings=stored_embeddings(config)) if held_out else None
+        codec = load_codec(config.stage, device=self.device)
         conditioner = open_conditioner(
             config, self.reader.embeddings, self.validation, device=self.device, main_process=self.accelerator.is_main_process
         )
-        codec, bf16 = load_codec(config.stage, device=self.device), training.precision == "bf16"
+        bf16 = training.precision == "bf16"
         self.task = DiffusionTask(config.stage, conditioner, seed=training.seed, device=self.device, bf16=bf16, codec=codec)
 
         if self.accelerator.is_main_process:

@@ -26,7 +26,7 @@ from t2i_experts.cascade.stage import Stage, build_network
 from t2i_experts.cli import preflight
 from t2i_experts.cli.app import main
 from t2i_experts.conditioning.conditioner import TextConditioner
-from t2i_experts.config import CodecConfig, SamplingConfig, StageConfig, check_stage, load_config
+from t2i_experts.config import CodecConfig, EncoderConfig, SamplingConfig, StageConfig, check_stage, load_config
 from t2i_experts.shards.reader import Sample, ShardReader
 from t2i_experts.training.measure import measure_training
 from t2i_experts.training.memory import estimate_sampling, estimate_training
@@ -62,9 +62,13 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def edited(folder: Path, copy: Path, **changes: object) -> Path:
     """A copy of an autoencoder whose config.json says something else."""
     shutil.copytree(folder, copy)
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | changes))
+    edit(copy, **changes)
     return copy
+
+
+def edit(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 def latent(stage: StageConfig, model: Path | str, **more: Any) -> StageConfig:
@@ -262,10 +266,7 @@ def test_a_run_on_latents_resumes_exactly_and_its_model_draws(
         weights = {name: tensor * 1.01 for name, tensor in load_file(own / WEIGHTS).items()}
         save_file(weights, own / WEIGHTS, metadata={"format": "pt"})
 
-    def spoil_normalisation() -> None:
-        (own / "config.json").write_text((own / "config.json").read_text().replace('"scaling_factor": 0.4', '"scaling_factor": 0.5'))
-
-    for spoil in (spoil_normalisation, spoil_weights):
+    for spoil in (lambda: edit(own, scaling_factor=0.5), spoil_weights):
         shutil.copytree(vae, own, dirs_exist_ok=True)
         spoil()
         code, _, err = run(*whole, "training.images=64")
@@ -314,8 +315,9 @@ def test_a_model_folder_keeps_its_codec_once_and_draws_every_bucket(stage: Stage
     assert wide.shape == (2, 3, 8, 24)
     alone = pipeline("x", indices=[1], shape=(24, 8))
     assert (alone[0].int() - wide[1].int()).abs().max() <= 2
-    with pytest.raises(AssertionError, match="needs the codec of its config"):
-        Stage(stage, network, SamplingConfig())
+    for codec in (stage.codec, CodecConfig("mine")):  # the latter's latents have the shape of pixels
+        with pytest.raises(AssertionError, match="needs the codec of its config"):
+            Stage(replace(stage, codec=codec), network, SamplingConfig())
 
 
 # Beside the run
@@ -333,6 +335,9 @@ def test_doctor_counts_it(vae: Path, write_config: WriteConfig, capsys: pytest.C
     assert sampling[1].activations < 5 * sampling[0].activations
     (found,) = preflight.codec(config)
     assert found.value["found"] == str(vae) and found.value["bytes"] == (vae / WEIGHTS).stat().st_size and not found.problem
+    edited(vae, tmp_path / "other", _class_name="VQModel")
+    (other,) = preflight.codec(load_config(write_config("run"), [*codec, f"stage.codec.model={tmp_path / 'other'}"]))
+    assert "config.json is of VQModel; the codec autoencoder_kl reads AutoencoderKL; put the autoencoder there" in other.problem
     absent = [*codec, "stage.codec.model=nobody/nothing/vae"]
     assert blank_codec(load_config(write_config("run"), absent).stage) is None
     with pytest.raises(SystemExit) as exit:
@@ -379,6 +384,10 @@ def lacking(folder: Path) -> None:
         (
             lambda folder: (folder / "config.json").write_text('{"_class_name": "AutoencoderKL", "in_channels": 4}'),
             "in_channels=4, out_channels=3; pictures have 3",
+        ),
+        (
+            lambda folder: edit(folder, latents_mean=[0.1, 0.2, 0.3], latents_std=[1, 1, 1]),
+            "the autoencoder has 4 channels, but 3 latents_mean and 3 latents_std",
         ),
         (lambda folder: (folder / WEIGHTS).unlink(), f"lacks {WEIGHTS}"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b"abc"), "the autoencoder in {folder} cannot be loaded"),
@@ -437,7 +446,14 @@ def test_without_diffusers_it_says_how_to_install_it(stage: StageConfig, monkeyp
             {"codec": CodecConfig("autoencoder_kl", "x", 4, 4), "buckets": [[16, 16], [20, 12]]},
             "buckets[1]=[20, 12]: both must be multiples of 8 for 2 resolutions and patch_size 1, and codec.factor 4",
         ),
-        ({"codec": CodecConfig("mine", channels=4, factor=4), "name": "vae"}, "may be called 'vae': a model folder keeps the codec there"),
+        (
+            {"codec": CodecConfig("mine", channels=4, factor=4), "name": "vae"},
+            "name would take the folder 'vae' of a model folder, which is the codec's; rename it",
+        ),
+        (
+            {"codec": CodecConfig("mine", channels=4, factor=4), "encoders": {"x": EncoderConfig("vae_image", "x", width=4)}},
+            "encoders.x.kind would take the folder 'vae'",
+        ),
     ],
 )
 def test_a_config_that_cannot_be(stage_config: StageConfig, changes: dict[str, Any], said: str) -> None:
