@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from t2i_experts.cascade.codec import latent_shape
 from t2i_experts.cascade.device import default_device, open_device
 from t2i_experts.cascade.graphs import GraphedDenoiser
 from t2i_experts.cascade.model_folder import LoadedModel, load_model
 from t2i_experts.cascade.picture import to_uint8
-from t2i_experts.cascade.stage import IMAGE_CHANNELS, Progress, Stage, check_shape
+from t2i_experts.cascade.stage import Progress, Stage, check_shape
 from t2i_experts.config import SamplingConfig
 from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.shards.order import position_rng
@@ -115,7 +116,8 @@ class CascadePipeline:
         stage = self.base
         width, height = shape or stage.shapes[0]
         check_shape(stage.config, (width, height), f"shape={width}x{height}")
-        noise = torch.stack([start_noise(seed, index, (IMAGE_CHANNELS, height, width)) for index in indices]).to(self.device)
+        starts = latent_shape(stage.config, (width, height))
+        noise = torch.stack([start_noise(seed, index, starts) for index in indices]).to(self.device)
         images = None if style is None else style.to(self.device).expand(len(prompts), -1, -1, -1)
         conditioning = self.model.conditioner(prompts, images)
         images = stage.sample(noise, conditioning, self._null(negative), sampling or stage.sampling, progress)
