@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from t2i_experts.cascade.codec import latent_shape
-from t2i_experts.cascade.device import default_device, open_device
+from t2i_experts.cascade.device import default_device, default_dtype, open_device
 from t2i_experts.cascade.graphs import GraphedDenoiser
 from t2i_experts.cascade.model_folder import LoadedModel, load_model
 from t2i_experts.cascade.picture import to_uint8
@@ -55,13 +55,13 @@ class CascadePipeline:
     ) -> CascadePipeline:
         """Loads a model folder or hub id; None is the model embedded in this package, which needs no network.
 
-        device: None takes the best there is. dtype: of the networks; None is bfloat16 on CUDA and float32 elsewhere. compile: with
+        device: None takes the best there is. dtype: of the networks; None is `default_dtype`. compile: with
         torch.compile, at the first evaluation of each batch size and shape, which takes a minute. Compiled or not, on CUDA an evaluation
         is recorded at its first time and then replayed (`GraphedDenoiser`).
         Raises ValueError for a model that cannot be found or is not whole, and for a device that this machine lacks.
         """
         device = default_device() if device is None else open_device(device, f"device={str(device)!r}")
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = dtype or default_dtype(device)
         loaded = load_model(model, device=device, dtype=dtype)
         if compile:
             for stage in loaded.stages.values():

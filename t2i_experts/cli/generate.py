@@ -46,7 +46,7 @@ def generate(
     threshold: Annotated[float | None, typer.Option(help="Percentile of dynamic thresholding, such as 0.995; 0 is none.")] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures that are computed together.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: bfloat16 on CUDA.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: bfloat16 where the device computes in it.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the network first: a minute that pays for many pictures.")] = False,
     as_json: Json = False,
 ) -> None:
