@@ -13,7 +13,6 @@ import math
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 MOST = 8
 """By how much a picture can be shrunk at most: more spreads the weights so thin that they need more bits."""
@@ -25,10 +24,10 @@ _ROWS_BITS, _COLUMNS_BITS = 14, 11
 _FRACTION = 8  # between the two axes pixels are multiples of its inverse
 _BAND = 16  # rows or columns that are computed at once: more would multiply more zeros
 
-_Bands = tuple[tuple[slice, slice, Tensor], ...]
+_Bands = tuple[tuple[slice, slice, NDArray[np.float32]], ...]
 
 
-def resample(pixels: NDArray[np.uint8], width: int, height: int, box: tuple[float, float, float, float]) -> Tensor:
+def resample(pixels: NDArray[np.uint8], width: int, height: int, box: tuple[float, float, float, float]) -> NDArray[np.uint8]:
     """(height, C, width) uint8: what lies in a box (left, top, right, bottom) of a picture, resized to at least an eighth.
 
     pixels: (H, C, W), row after row of each channel. The filter sees beyond the box, but not beyond the picture.
@@ -38,16 +37,24 @@ def resample(pixels: NDArray[np.uint8], width: int, height: int, box: tuple[floa
     pixels = pixels[y, :, x]
     tall, channels, wide = pixels.shape
 
-    rows = torch.empty(height, channels * wide)
+    rows = np.empty((height, channels * wide), np.float32)
     for out, of, weights in _bands(tall, height, top - y.start, bottom - y.start, _ROWS_BITS):
-        torch.mm(weights, torch.from_numpy(pixels[of].astype(np.float32)).view(-1, channels * wide), out=rows[out])
-    rows = rows.mul_(_FRACTION / 2**_ROWS_BITS).round_().view(height * channels, wide)
+        _multiply(weights, pixels[of].astype(np.float32).reshape(-1, channels * wide), rows[out])
+    rows *= _FRACTION / 2**_ROWS_BITS
+    np.rint(rows, out=rows)
 
-    columns = torch.empty(height * channels, width)
+    rows = rows.reshape(height * channels, wide)
+    columns = np.empty((height * channels, width), np.float32)
     for out, of, weights in _bands(wide, width, left - x.start, right - x.start, _COLUMNS_BITS):
-        torch.mm(rows[:, of], weights.T, out=columns[:, out])
-    columns = columns.mul_(1 / (_FRACTION * 2**_COLUMNS_BITS)).round_().clamp_(0, 255)
-    return columns.to(torch.uint8).view(height, channels, width)
+        _multiply(rows[:, of], weights.T, columns[:, out])
+    columns *= 1 / (_FRACTION * 2**_COLUMNS_BITS)
+    np.rint(columns, out=columns)
+    return columns.clip(0, 255, out=columns).astype(np.uint8).reshape(height, channels, width)
+
+
+def _multiply(a: NDArray[np.float32], b: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    """By torch, which a loader's worker has been told to use one thread; numpy would start as many as there are cores."""
+    torch.mm(torch.from_numpy(a), torch.from_numpy(b), out=torch.from_numpy(out))
 
 
 def _seen(inputs: int, outputs: int, start: float, end: float) -> slice:
@@ -80,5 +87,5 @@ def _bands(inputs: int, outputs: int, start: float, end: float, bits: int) -> _B
         matrix = np.zeros((out.stop - begin, highest + 1 - lowest), np.float32)
         np.put_along_axis(matrix, places[out] - lowest, whole[out], axis=1)
         of = slice(max(0, int(lowest)), min(inputs, int(highest) + 1))
-        bands.append((out, of, torch.from_numpy(matrix[:, of.start - lowest : of.stop - lowest]).contiguous()))
+        bands.append((out, of, np.ascontiguousarray(matrix[:, of.start - lowest : of.stop - lowest])))
     return tuple(bands)

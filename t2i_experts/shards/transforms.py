@@ -24,6 +24,8 @@ def decode_image(data: bytes, width: int, height: int | None = None) -> Tensor:
         box = (0, 0, width, height)
     left, top, right, bottom = box
     pixels = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8).reshape(image.height, 3, image.width)  # row after row of each channel
-    if (right - left, bottom - top) != (width, height):
-        return resample(pixels, width, height, box).transpose(0, 1).contiguous()
-    return torch.from_numpy(pixels[int(top) : int(bottom), :, int(left) : int(right)].transpose(1, 0, 2).copy())
+    if (right - left, bottom - top) == (width, height):
+        pixels = pixels[int(top) : int(bottom), :, int(left) : int(right)]
+    else:
+        pixels = resample(pixels, width, height, box)
+    return torch.from_numpy(pixels.transpose(1, 0, 2).copy())
