@@ -112,6 +112,21 @@ def position_rng(seed: int, position: int, purpose: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=_philox_key(seed, purpose), counter=counter))
 
 
+class PositionDraws:
+    """What `position_rng` gives, for draws that are made at once: one generator, put to each position in turn."""
+
+    def __init__(self, seed: int, purpose: str) -> None:
+        self._bits = np.random.Philox(key=_philox_key(seed, purpose), counter=0)
+        self._start = self._bits.state
+        self._generator = np.random.Generator(self._bits)
+
+    def at(self, position: int) -> np.random.Generator:
+        """The generator of a position, until the next one is asked for."""
+        self._start["state"]["counter"][3] = position
+        self._bits.state = self._start
+        return self._generator
+
+
 @functools.lru_cache(maxsize=64)
 def _philox_key(seed: int, purpose: str) -> NDArray[np.uint64]:
     return np.frombuffer(hashlib.blake2b(f"{purpose}/{seed}".encode(), digest_size=16).digest(), "<u8")
