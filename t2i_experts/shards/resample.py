@@ -78,7 +78,7 @@ def _bands(inputs: int, outputs: int, start: float, end: float, bits: int) -> _B
     weights = np.sinc(x) * np.sinc(x / _LOBES) * ((abs(x) < _LOBES) & (places >= 0) & (places < inputs))
     whole = np.rint(weights * (2**bits / weights.sum(axis=1, keepdims=True)))
     whole[np.arange(outputs), whole.argmax(axis=1)] += 2**bits - whole.sum(axis=1)  # so that an even area keeps its value
-    assert scale <= MOST and abs(whole).sum(axis=1).max() <= 2 * 2**bits, "sums could be inexact"
+    assert abs(whole).sum(axis=1).max() <= 2 * 2**bits, "sums could be inexact"
 
     bands = []
     for begin in range(0, outputs, _BAND):

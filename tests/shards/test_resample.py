@@ -61,6 +61,13 @@ def test_no_sum_is_ever_rounded() -> None:
     assert (resample(pixels, 64, 64, (20.5, 0, 280.5, 260)) == expected).all()
 
 
+def test_a_box_of_fractions_at_the_limit_is_resized() -> None:
+    """What is an eighth by the box may be a little less once the part that is seen has been cut out."""
+    for i in range(300):
+        left = i / 7
+        assert resample(np.full((8, 1, 300), 9, np.uint8), 31, 1, (left, 0, left + 31 * 8, 8)).max() == 9
+
+
 def test_the_weights_of_any_size_are_small_enough() -> None:
     """An assertion in `_bands` holds the bound on which exactness rests."""
     rng = np.random.default_rng(0)
