@@ -19,7 +19,7 @@ def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
 def in_float(pixels: np.ndarray, width: int, height: int, box: tuple[float, float, float, float]) -> np.ndarray:
     """Pillow's own in floating point, which is not rounded between the axes."""
     bands = [
-        Image.fromarray(band.astype(np.float32)).resize((width, height), Image.Resampling.LANCZOS, box) for band in np.moveaxis(pixels, -1, 0)
+        Image.fromarray(band).resize((width, height), Image.Resampling.LANCZOS, box) for band in pixels.T.swapaxes(1, 2).astype(np.float32)
     ]
     return np.stack([np.asarray(band) for band in bands], axis=-1).clip(0, 255)
 
