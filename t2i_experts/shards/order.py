@@ -65,7 +65,10 @@ class GlobalOrder:
         return int.from_bytes(digest, "little") % self.samples
 
     def _encrypt(self, point: Any, rounds: Sequence[tuple[Any, Any]]) -> Any:
-        """A permutation of [0, a b): each round adds to one half a keyed hash of the other. For one point, or many with arrays of hashes."""
+        """A permutation of [0, a b): each round adds to one half a keyed hash of the other.
+
+        point: one or many; rounds: what `_rounds` gives, for many points as numpy's arrays.
+        """
         a, b = self._a, self._b
         left, right = divmod(point, b)
         for of_right, of_left in rounds:

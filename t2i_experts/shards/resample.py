@@ -2,7 +2,7 @@
 
 Each axis is a product with a matrix of weights in which only a band is not zero. Pixels and weights are whole numbers so small that
 floating point holds every sum of their products exactly: whatever adds them up, in whatever order, with however many threads, the pixels
-are the same.
+are the same. (Not if torch is told to multiply float32 in fewer bits, `set_float32_matmul_precision`, on a CPU that does: leave that.)
 """
 
 from __future__ import annotations
