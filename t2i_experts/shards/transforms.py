@@ -16,8 +16,8 @@ _MOST_PIXELS = 2**24
 def decode_image(data: bytes, width: int, height: int | None = None) -> Tensor:
     """(3, height, width) uint8, RGB: the centre of a JPEG, PNG or WebP, made as `images.centre_crop` says; a square without `height`.
 
-    Resized pixels differ from those of `centre_crop` by about the rounding to whole numbers between the two axes, which is Pillow's alone.
-    Raises ValueError.
+    Resized pixels differ from those of `centre_crop` by what Pillow does between the two axes: it rounds to whole numbers, and cuts off
+    what the filter makes of hard edges beyond [0, 255]. Raises ValueError.
     """
     height = height or width
     image = decode(data, width, height)
