@@ -7,7 +7,8 @@ blurred, noisy, blotched, with a JPEG's rounding, and slightly other in colour. 
 on scenes of another seed than the generator's, and also on the combinations that are held out from the generator: a judge that has never
 seen a purple owl would tell its own weakness for the generator's.
 
-With --steps and without a limit of time that ends sooner, the same seed gives the same judge on the same machine.
+With --steps in the place of --minutes, the same seed gives the same judge, bit for bit on one CPU; on a GPU, convolutions are asked to be
+deterministic.
 """
 
 from __future__ import annotations
@@ -217,7 +218,8 @@ def loss(cells: Cells, scenes: Scenes, generator: torch.Generator) -> dict[str, 
 
 
 def train(network: JudgeNetwork, scenes: Scenes, arguments: argparse.Namespace) -> tuple[int, float]:
-    """AdamW with a warm-up and a linear decay to zero over the steps or the minutes, whichever end first: (steps, seconds)."""
+    """AdamW with a warm-up and a linear decay to zero over the steps, or else the minutes: (steps, seconds)."""
+    torch.backends.cudnn.deterministic = True
     device = scenes.images.device
     optimizer = torch.optim.AdamW(network.parameters(), lr=arguments.learning_rate, weight_decay=0.05, fused=device.type == "cuda")
     generator = torch.Generator(device).manual_seed(arguments.seed)
@@ -248,8 +250,7 @@ def train(network: JudgeNetwork, scenes: Scenes, arguments: argparse.Namespace) 
             shown = "  ".join(f"{name} {float(total) / arguments.log_every:.3f}" for name, total in recent.items())
             print(f"step {step:6d}  {shown}  {rate:,.0f} images/s", flush=True)
             recent = {}
-        by_steps = step / arguments.steps if arguments.steps else 0.0
-        progress = max(by_steps, (time.monotonic() - started) / (60 * arguments.minutes))
+        progress = step / arguments.steps if arguments.steps else (time.monotonic() - started) / (60 * arguments.minutes)
     return step, time.monotonic() - started
 
 
@@ -271,8 +272,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("shards", type=Path, nargs="+", help="shard folders to train on")
     parser.add_argument("--validation", type=Path, nargs="+", required=True, help="shard folders to measure the judge on")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--minutes", type=float, default=4.0, help="length of the training itself")
-    parser.add_argument("--steps", type=int, default=0, help="stop after so many steps if that is sooner (0: never)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, default=4.0, help="length of the training itself")
+    length.add_argument("--steps", type=int, default=0, help="length in steps instead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=1024)

@@ -101,7 +101,7 @@ class JudgeNetwork(nn.Module):
         nn.init.constant_(heads.bias[:1], -2.2)  # few cells hold a centre: begin with a tenth (arXiv 1708.02002)
         self.cell = nn.Sequential(nn.Conv2d(channels, 2 * channels, 1), nn.ReLU(), heads)
         kinds, colours = self.background_parts
-        self.background = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * channels, kinds + 2 * colours))
+        self.background = nn.Sequential(nn.AvgPool2d(GRID // 4), nn.Flatten(), nn.Linear(16 * channels, kinds + 2 * colours))
 
     def forward(self, x: Tensor) -> Cells:
         x = self.body(self.stem(x))
