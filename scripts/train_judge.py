@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     judge = replace(judge, config=replace(words, threshold=best_threshold(judge, scenes.images[:few], some)))
     generator = torch.Generator(arguments.device).manual_seed(arguments.seed)
     readings = judge(validation)
-    spoilt = judge(spoil(validation.to(arguments.device), generator))
+    spoilt = judge(torch.cat([spoil(images.to(arguments.device), generator) for images in validation.split(1024)]))
     accuracy = {"all": measure(words, metadata, readings), "spoilt": measure(words, metadata, spoilt)}
     for split in sorted({scene["split"] for scene in metadata}):
         rows = [i for i, scene in enumerate(metadata) if scene["split"] == split]

@@ -71,10 +71,7 @@ def judge(
         from t2i_experts.evaluation.judging import draw_and_judge, table
 
     started = time.monotonic()
-    try:
-        trained = load_judge(judge)
-    except ValueError as error:
-        raise ValueError(f"--judge={judge}: {error}") from error
+    trained = load_judge(judge)
     pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
     settings = pipeline.settings(**given)
     check_threshold(settings.threshold, pipeline.base.config.codec, "--")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, max_pool2d
 
-from t2i_experts.conditioning.frozen import freeze, local_folder
+from t2i_experts.conditioning.frozen import EMBEDDED, freeze, local_folder
 
 SIZE = 64
 """Side in pixels of the pictures that a judge sees; others are resized."""
@@ -261,9 +262,12 @@ def load_judge(name: str, device: torch.device | str = "cpu") -> Judge:
 
     Raises ValueError if there is none, or it is not whole.
     """
-    folder = local_folder(name, None, "judge")
+    folder: Path | None = None
+    with suppress(ValueError):  # which would tell of encoders
+        folder = local_folder(name, None)
     if folder is None or not (folder / CONFIG).is_file():
-        raise ValueError(f"judge {name!r} is no folder with {CONFIG}; scripts/train_judge.py makes one")
+        missing = "does not ship with this package" if name.startswith(EMBEDDED) else f"is no folder with {CONFIG}"
+        raise ValueError(f"judge={name!r} {missing}; allowed: a folder that scripts/train_judge.py has written")
     try:
         facts = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         known = {one.name for one in fields(JudgeConfig)}
@@ -273,6 +277,6 @@ def load_judge(name: str, device: torch.device | str = "cpu") -> Judge:
         state = load_file(folder / WEIGHTS)
         network.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in state.items()})
     except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"judge {name!r}: {folder} is not whole: {error}") from error
+        raise ValueError(f"judge={name!r}: {folder} is not whole: {error}") from error
     fingerprint = sha256((folder / CONFIG).read_bytes() + (folder / WEIGHTS).read_bytes()).hexdigest()[:16]
     return Judge(config, freeze(network, device, torch.float32), facts.get("accuracy", {}), fingerprint)

@@ -59,7 +59,7 @@ def test_the_scores_stand_beside_the_judges_accuracy(cli: CLI, judge: Path, mode
         (["--num", "0"], "--num=0"),
         (["--seed", "-1"], "--seed=-1"),
         (["--dtype", "float16"], "--dtype='float16'"),
-        (["--judge", "nowhere"], "--judge=nowhere"),
+        (["--judge", "nowhere"], "judge='nowhere' is no folder with judge.json"),
         (["--out", "{full}"], "name a new folder"),
         (["--steps", "0"], "--steps=0"),
         (["--sampler", "ddim"], "ddim"),
