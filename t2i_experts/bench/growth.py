@@ -23,6 +23,7 @@ from t2i_experts.bench.machine import describe
 from t2i_experts.bench.network import ENCODERS, Size, captions, noise_images, own_network, size_named, stage_of
 from t2i_experts.bench.result import Result, Row
 from t2i_experts.bench.timing import Timing, interleave
+from t2i_experts.cascade.device import default_dtype
 from t2i_experts.cascade.graphs import GraphedDenoiser
 from t2i_experts.cascade.picture import save_png
 from t2i_experts.cascade.stage import build_network
@@ -128,8 +129,8 @@ def _parameters(size: Size) -> int:
 
 
 def _evaluation(work: Work, device: torch.device, compiled: bool) -> Callable[[], object]:
-    """As in sampling: bfloat16 weights, the prompt's projections made beforehand; what is compiled is replayed as a CUDA graph."""
-    network = own_network(work.size, device).eval().to(torch.bfloat16)
+    """As in sampling: weights in `default_dtype`, the prompt's projections made beforehand; compiled code is replayed as a CUDA graph."""
+    network = own_network(work.size, device).eval().to(default_dtype(device))
     x, sigma = noise_images(work.size, work.batch, device, 0), torch.tensor(1.0, dtype=torch.float64)  # as samplers give it
     with torch.no_grad():
         prepared = network.prepare(work.text(device))
