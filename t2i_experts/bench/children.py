@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -21,10 +20,8 @@ def start_child(command: Sequence[str], environment: Mapping[str, str], output: 
 
 def end_child(child: subprocess.Popen[bytes]) -> None:
     """Ends a process that `start_child` gave, and all that it has started."""
-    try:
+    with suppress(ProcessLookupError):  # if all have ended by themselves
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:  # it has ended by itself
-        pass
     child.wait()
     assert child.stdin is not None
     child.stdin.close()
@@ -34,8 +31,8 @@ def end_with_parent() -> None:
     """In a process of `start_child`: from now on it ends when the process that started it has ended, even if that was killed."""
 
     def wait() -> None:
-        os.read(sys.__stdin__.fileno(), 1)  # nothing is ever written, so this is the pipe's end
-        os.killpg(0, signal.SIGKILL)
+        os.read(0, 1)  # stdin; nothing is ever written, so this is the pipe's end
+        os.killpg(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()
 

@@ -36,6 +36,7 @@ BATCHES = (1, 4, 16, 64, 256)
 TOKENS = (16, 48, 128, 256, 512)
 HALVES = {"parameters": (1, 2, 3, 4), "resolution": (1, 2, 4, 8)}
 """Widths of the network, and sides of the pictures, in halves of the base's."""
+X_LABELS = {"parameters": "parameters", "resolution": "side in pixels", "batch": "images", "tokens": "T5 tokens of a prompt"}
 COLOURS = {"evaluation": "#1f5fa8", "training step": "#d1662b"}
 
 
@@ -238,4 +239,13 @@ def _chart(
     if not any(line.points for line in series):
         return None
     full = [float(position) for position, work in works if any(costs[work, what].missing == "out of memory" for what in COLOURS)]
-    return Chart(f"Growing {axis}", axis, f"{unit}, logarithmic", series, [Marks("out of memory", full, "#c0202a")], log=True, log_x=True)
+    return Chart(
+        f"Growing {axis}",
+        X_LABELS[axis],
+        f"{unit}, logarithmic",
+        series,
+        [Marks("out of memory", full, "#c0202a")],
+        log=True,
+        log_x=True,
+        x_ticks=[float(f"{position:.3g}") for position, _ in works],
+    )

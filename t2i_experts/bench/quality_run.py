@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_experts.bench.backbone import NAME, build_diffusers
+from t2i_experts.bench.children import end_with_parent
 from t2i_experts.bench.device import free
 from t2i_experts.config import RunConfig, load_config
 from t2i_experts.registry import registry
@@ -112,4 +113,5 @@ def _train(config: RunConfig) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     train_for(load_config(sys.argv[1]), float(sys.argv[2]))
