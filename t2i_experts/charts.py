@@ -45,7 +45,7 @@ class Chart:
     """A chart in words and numbers.
 
     log: a logarithmic y axis, on which points that are not positive are left out. Otherwise the y axis begins at zero, or at the lowest
-    point if that lies below it. log_x: the same for x. x_ticks: where ticks stand on the x axis; none: at round values.
+    point if that lies below it. log_x: the same for x. x_ticks: where ticks may stand on the x axis; none: at round values.
     """
 
     title: str
@@ -94,7 +94,7 @@ def draw_chart(chart: Chart, width: int = 960, height: int = 420) -> Image.Image
     for tick in y_axis.ticks:
         y = place(0, tick)[1]
         pen.line(large((left, y), (right, y)), GRID, SUPERSAMPLING)
-    x_ticks = chart.x_ticks or x_axis.ticks
+    x_ticks = [tick for tick in chart.x_ticks if x_axis.low <= tick <= x_axis.high] or x_axis.ticks
     for tick in x_ticks:
         x = place(tick, y_axis.low)[0]
         pen.line(large((x, top), (x, bottom)), GRID, SUPERSAMPLING)

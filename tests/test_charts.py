@@ -70,7 +70,7 @@ def test_a_logarithmic_x_axis_does_the_same_and_leaves_out_zero() -> None:
 
 def test_ticks_may_be_given() -> None:
     line = Series("line", [(8, 1.0), (64, 1.0)], BLUE)
-    pictures = [np.asarray(draw_chart(Chart("t", "x", "y", [line], log_x=True, x_ticks=ticks))) for ticks in ((8, 16, 64), (8, 32, 64))]
+    pictures = [np.asarray(draw_chart(Chart("t", "x", "y", [line], log_x=True, x_ticks=ticks))) for ticks in ((8, 16, 64), (8, 32, 64, 70))]
     columns = np.flatnonzero((pictures[0] != pictures[1]).any(axis=(0, 2)))
     pixels = where(Image.fromarray(pictures[0]), BLUE)[:, 1]
     left, right = (int(pixels[pixels > 60].min()), int(pixels.max()))

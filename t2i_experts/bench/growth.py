@@ -6,6 +6,7 @@ prompts of as many tokens as the embedded model reads.
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -94,6 +95,11 @@ def bench_growth(
         raise ValueError(f"--repeats={repeats} must be at least 1")
     if plot.suffix.lower() != ".png" or plot.is_dir():
         raise ValueError(f"--plot={str(plot)!r} must be a file whose name ends in .png")
+    try:  # before minutes are spent
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=plot.parent).close()
+    except OSError as error:
+        raise ValueError(f"--plot={str(plot)!r} cannot be written: {error.strerror}") from error
     deadline = time.monotonic() + 60 * minutes
     axes = growing(Work(size, BATCH, ENCODERS["t5"].max_tokens))
     makers = {"evaluation": _evaluation, "training step": _training_step}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,6 +113,15 @@ def _train(config: RunConfig) -> None:
         raise KeyboardInterrupt(f"stopped by {trainer.stopped_by.name}")
 
 
-if __name__ == "__main__":
+def main(config: str, minutes: str) -> None:
+    """The process: its last line is what went wrong, if anything did."""
     end_with_parent()
-    train_for(load_config(sys.argv[1]), float(sys.argv[2]))
+    try:
+        train_for(load_config(config), float(minutes))
+    except Exception as error:
+        traceback.print_exception(error)
+        sys.exit(" ".join(str(error).split()) or type(error).__name__)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -192,6 +192,7 @@ def test_wrong_settings_of_quality(cli: CLI, write_config: Callable[[str], Path]
         (["growth", "--minutes", "-1"], "--minutes=-1"),
         (["growth", "--repeats", "0"], "--repeats=0"),
         (["growth", "--plot", "growth.jpg"], "--plot='growth.jpg'"),
+        (["growth", "--plot", f"{__file__}/growth.png"], "--plot='.*growth.png' cannot be written"),
         (["train", "--network", "huge"], "--network='huge' must be one of 100m, tiny"),
         (["train", "--network", "tiny", "--batch", "0"], "--batch=0"),
         (["denoiser", "--network", "tiny", "--batch", "2", "--batch", "0"], r"--batch=\[2, 0\]"),
