@@ -198,8 +198,8 @@ def _peak(make: Callable[[], Callable[[], object]], before: int, device: torch.d
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """The CPU's allocator has no class of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """By its words: neither the CPU's allocator nor a compiler that runs out of memory has a class of its own for it."""
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED"))
 
 
 def _row(name: str, work: Work, parameters: int, cost: Cost) -> Row:

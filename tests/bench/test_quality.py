@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from t2i_experts.bench import backbone, device, quality, quality_run, trainings
+from t2i_experts.bench import backbone, quality, quality_run, trainings
 from t2i_experts.bench.backbone import NAME, TOLERANCE, Counterpart, as_diffusers, build_diffusers, counterpart
 from t2i_experts.bench.quality import Settings, bench_quality, failures, parse_rates, parse_variant
 from t2i_experts.bench.quality_run import StepTime, step_time, train_for
@@ -152,7 +152,8 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is registered is forgotten afterwards; runs draw no charts of themselves, which take longer than they do."""
     monkeypatch.setattr(registry, "_parts", Registry()._parts)
     monkeypatch.setattr(tracking, "write_report", lambda root: None)
-    monkeypatch.setattr(device, "free", lambda device: None)
+    monkeypatch.setattr(quality_run, "free", lambda device: None)
+    monkeypatch.setattr(quality_run, "FIRST_STEPS", 3)
 
 
 def test_a_schedule_is_drawn_together_to_the_time(write_config: Any, tmp_path: Path, own_registry: None) -> None:
