@@ -10,6 +10,7 @@ import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,12 +137,15 @@ def save_statistics(path: Path, gaussian: Gaussian, protocol: str | None = None)
     """
     if path.suffix != ".npz":
         raise ValueError(f"statistics file {path} must end in .npz")
-    arrays = {"mu": gaussian.mean.numpy(), "sigma": gaussian.covariance.numpy()}
-    more = {"count": np.int64(gaussian.count)} if gaussian.count is not None else {}
+    arrays: dict[str, Any] = {"mu": gaussian.mean.numpy(), "sigma": gaussian.covariance.numpy()}
+    if gaussian.count is not None:
+        arrays["count"] = np.int64(gaussian.count)
+    if protocol is not None:
+        arrays["protocol"] = np.array(protocol)
     partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:
-            np.savez(file, **arrays, **more, **({"protocol": np.array(protocol)} if protocol is not None else {}))
+            np.savez(file, **arrays)
         os.replace(partial, path)
     except OSError as error:
         raise ValueError(f"statistics file {path} cannot be written: {error.strerror or error}") from error
