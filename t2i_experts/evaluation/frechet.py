@@ -19,6 +19,9 @@ from torch import Tensor
 
 from t2i_experts.evaluation.statistics import FeatureStatistics, Gaussian
 
+FEWEST_TO_EXTRAPOLATE = 30
+"""Images that `frechet_infinity` needs: fewer do not give fifteen different counts from a half to all."""
+
 _SINGULAR = 1e-12
 """A covariance with a pivot below this share of the largest is taken for singular."""
 
@@ -62,7 +65,7 @@ def frechet_infinity(
     total = len(features)
     fewest = min(5000, total // 2) if fewest is None else fewest
     if not 2 <= fewest <= total - points or points < 3:
-        raise ValueError(f"{points} points from {fewest} to {total} images: at least 3 points, 2 images and an image a point are needed")
+        raise ValueError(f"{total} images are too few for {points} different counts from {fewest} on; {FEWEST_TO_EXTRAPOLATE} are enough")
     random = np.random.default_rng(seed)
     counts = np.unique(np.linspace(fewest, total, points).round().astype(int)).tolist()
     distances = []

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from t2i_experts.evaluation.frechet import frechet_distance, frechet_infinity, gaussian_distance
+from t2i_experts.evaluation.frechet import FEWEST_TO_EXTRAPOLATE, frechet_distance, frechet_infinity, gaussian_distance
 from t2i_experts.evaluation.kid import kernel_distance
 from t2i_experts.evaluation.precision_recall import precision_recall
 from t2i_experts.evaluation.statistics import FeatureStatistics, Gaussian
@@ -134,8 +134,9 @@ def test_infinitely_many_images_have_the_true_distance() -> None:
     covariance = np.polyfit(1 / np.array(found[0].counts), found[0].distances, 1, cov=True)[1]
     assert found[0].value == pytest.approx(intercept, rel=1e-8) and slope > 0
     assert found[0].error == pytest.approx(covariance[1, 1] ** 0.5, rel=1e-8)
-    with pytest.raises(ValueError, match="from 2 to 5 images"):
-        frechet_infinity(torch.zeros(5, 2), reference)
+    with pytest.raises(ValueError, match="5 images are too few for 15 different counts"):
+        frechet_infinity(torch.zeros(5, dimension), reference)
+    assert len(frechet_infinity(torch.randn(FEWEST_TO_EXTRAPOLATE, dimension), reference).counts) == 15
 
 
 @pytest.mark.parametrize("size", [30, 1000])
