@@ -107,5 +107,5 @@ class _Factor:
 def _overlap(first: _Factor, second: _Factor, covariance: Tensor) -> Tensor:
     """tr (C1 C2)^(1/2), where `covariance` is C2."""
     if first.full and second.full:
-        return torch.linalg.eigvalsh(first.matrix.T @ covariance @ first.matrix).clamp_min(0).sqrt().sum()
+        return torch.linalg.eigvalsh(first.matrix.T @ covariance @ first.matrix).clamp_min_(0).sqrt_().sum()
     return torch.linalg.svdvals(first.matrix.T @ second.matrix).sum()
