@@ -28,6 +28,7 @@ class Picture:
 
     pixels: Tensor
     digest: bytes
+    name: str
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,19 @@ class PictureSet:
     """path: of the folder. kind: `folder` or `shards`. count: of its pictures.
 
     load: name and bytes of the picture with some index, for several threads at once; raises ValueError, which names the picture.
+    listing: sha256 of what is listed there, before any picture is read.
     """
 
     path: Path
     kind: str
     count: int
     load: Callable[[int], tuple[str, bytes]]
+    listing: str
 
-    def read(self, workers: int) -> Iterator[Picture | Unreadable]:
-        """Every picture in order, decoded by some threads: at its own size, upright, transparency on white."""
+    def read(self, workers: int, indices: range | None = None) -> Iterator[Picture | Unreadable]:
+        """Every picture in order, or those of some indices, decoded by some threads: at its own size, upright, transparency on white."""
         with ThreadPoolExecutor(workers) as pool:
-            yield from in_order(pool, workers, self._decoded, range(self.count))
+            yield from in_order(pool, workers, self._decoded, range(self.count) if indices is None else indices)
 
     def _decoded(self, index: int) -> Picture | Unreadable:
         try:
@@ -63,7 +66,8 @@ class PictureSet:
             pixels = torch.from_numpy(np.array(whole(data))).permute(2, 0, 1)
         except ValueError as error:
             return Unreadable(f"{name}: {error}")
-        return Picture(pixels, hashlib.sha256(hashlib.sha256(name.encode(errors="surrogateescape")).digest() + data).digest())
+        digest = hashlib.sha256(hashlib.sha256(name.encode(errors="surrogateescape")).digest() + data).digest()
+        return Picture(pixels, digest, name)
 
 
 def open_pictures(path: Path, what: str) -> PictureSet:
@@ -87,7 +91,8 @@ def _of_folder(path: Path) -> PictureSet:
         except OSError as error:
             raise ValueError(f"{name}: {error.strerror or error}") from error
 
-    return PictureSet(path, "folder", len(files), load)
+    names = "\n".join(file.relative_to(path).as_posix() for file in files)
+    return PictureSet(path, "folder", len(files), load, hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest())
 
 
 def set_hash(digests: Sequence[bytes]) -> str:
@@ -114,7 +119,7 @@ def _of_shards(path: Path) -> PictureSet:
             sample = reader.raw(index)
         return sample.key, sample.image
 
-    return PictureSet(path, "shards", reader.samples, load)
+    return PictureSet(path, "shards", reader.samples, load, reader.dataset_hash)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
