@@ -74,7 +74,10 @@ def open_pictures(path: Path, what: str) -> PictureSet:
     """Those under a folder, or those of its shards if it holds tars. Raises ValueError, beginning with `what`, for fewer than two."""
     if not path.is_dir():
         raise ValueError(f"{what}={str(path)!r} is {'neither a folder nor an .npz file' if path.exists() else 'not there'}")
-    pictures = _of_shards(path) if any(path.glob("[!.]*.tar")) else _of_folder(path)
+    tars = any(path.glob("[!.]*.tar"))
+    if tars and (beside := next(_walk(path, SOURCE_EXTENSIONS), None)) is not None:
+        raise ValueError(f"{what}={str(path)!r} holds tars and, beside them, pictures such as {beside.name}: which are meant?")
+    pictures = _of_shards(path) if tars else _of_folder(path)
     if pictures.count < 2:
         kinds = f"; looked for tars, and for {', '.join(SOURCE_EXTENSIONS)}" if not pictures.count else ""
         raise ValueError(f"{what}={str(path)!r} holds {pictures.count} pictures, and a distance needs at least 2{kinds}")
@@ -82,7 +85,8 @@ def open_pictures(path: Path, what: str) -> PictureSet:
 
 
 def _of_folder(path: Path) -> PictureSet:
-    files = list(_walk(path))
+    files = list(_walk(path, SOURCE_EXTENSIONS))
+    _refuse_captions_alone(path, files)
 
     def load(index: int) -> tuple[str, bytes]:
         name = files[index].relative_to(path).as_posix()
@@ -122,8 +126,20 @@ def _of_shards(path: Path) -> PictureSet:
     return PictureSet(path, "shards", reader.samples, load, reader.dataset_hash)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Picture files under a folder, sorted within each folder; hidden ones are passed over. Raises ValueError for one that is closed."""
+def _refuse_captions_alone(path: Path, files: Sequence[Path]) -> None:
+    """Raises ValueError for a .txt without a picture of its name, in a folder where such files are captions: where another one has one."""
+    pictures = {file.with_suffix("") for file in files}
+    captions = list(_walk(path, ("txt",)))
+    lone = [file.relative_to(path).as_posix() for file in captions if file.with_suffix("") not in pictures]
+    if lone and len(lone) < len(captions):
+        named = ", ".join(lone[:_LISTED]) + (f" and {len(lone) - _LISTED:,} more" if len(lone) > _LISTED else "")
+        raise ValueError(
+            f"{len(lone):,} of the {len(captions):,} captions under {path} have no picture: {named}; bring the pictures, or take these away"
+        )
+
+
+def _walk(folder: Path, extensions: Sequence[str]) -> Iterator[Path]:
+    """Files under a folder, sorted within each folder; hidden ones are passed over. Raises ValueError for a folder that is closed."""
 
     def fail(error: OSError) -> NoReturn:
         raise ValueError(f"cannot read {error.filename}: {error.strerror}")
@@ -131,5 +147,5 @@ def _walk(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            if not name.startswith(".") and name.lower().rpartition(".")[2] in SOURCE_EXTENSIONS:
+            if not name.startswith(".") and name.lower().rpartition(".")[2] in extensions:
                 yield Path(parent, name)
