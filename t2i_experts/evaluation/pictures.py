@@ -20,6 +20,7 @@ from t2i_experts.shards.parallel import in_order
 from t2i_experts.shards.reader import ShardReader
 
 _LISTED = 10
+_OTHER_FORMATS = ("avif", "heic", "heif", "jfif", "jp2", "jxl", "pbm", "pgm", "ppm", "psd", "svg", "tga")
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ def open_pictures(path: Path, what: str) -> PictureSet:
 def _of_folder(path: Path) -> PictureSet:
     files = list(_walk(path, SOURCE_EXTENSIONS))
     _refuse_captions_alone(path, files)
+    others = [file.relative_to(path).as_posix() for file in _walk(path, _OTHER_FORMATS)] if files else []
+    if others:
+        raise ValueError(
+            f"{len(others):,} pictures under {path} are in formats that are not read: {_named(others)}; convert them, or take them away"
+        )
 
     def load(index: int) -> tuple[str, bytes]:
         name = files[index].relative_to(path).as_posix()
@@ -132,19 +138,29 @@ def _refuse_captions_alone(path: Path, files: Sequence[Path]) -> None:
     captions = list(_walk(path, ("txt",)))
     lone = [file.relative_to(path).as_posix() for file in captions if file.with_suffix("") not in pictures]
     if lone and len(lone) < len(captions):
-        named = ", ".join(lone[:_LISTED]) + (f" and {len(lone) - _LISTED:,} more" if len(lone) > _LISTED else "")
         raise ValueError(
-            f"{len(lone):,} of the {len(captions):,} captions under {path} have no picture: {named}; bring the pictures, or take these away"
+            f"{len(lone):,} of the {len(captions):,} captions under {path} have no picture: {_named(lone)}; "
+            "bring the pictures, or take these away"
         )
 
 
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else "")
+
+
 def _walk(folder: Path, extensions: Sequence[str]) -> Iterator[Path]:
-    """Files under a folder, sorted within each folder; hidden ones are passed over. Raises ValueError for a folder that is closed."""
+    """Files under a folder, sorted within each folder; hidden ones are passed over.
+
+    Raises ValueError for a folder that is closed, and for a link to one, whose pictures might be left out or come twice.
+    """
 
     def fail(error: OSError) -> NoReturn:
         raise ValueError(f"cannot read {error.filename}: {error.strerror}")
 
     for parent, folders, files in os.walk(folder, onerror=fail):
+        for link in (Path(parent, name) for name in folders):
+            if link.is_symlink() and not link.name.startswith("."):
+                raise ValueError(f"{link} is a link to a folder, which is not followed: bring its pictures, or take it away")
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith(".") and name.lower().rpartition(".")[2] in extensions:

@@ -69,3 +69,16 @@ def test_tars_beside_pictures_are_no_set(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
     with pytest.raises(ValueError, match=r"holds tars and, beside them, pictures such as 0\.png"):
         open_pictures(tmp_path, "A")
+
+
+def test_nothing_is_left_out_in_silence(tmp_path: Path) -> None:
+    for name in ("a/0.png", "a/deeper/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert open_pictures(tmp_path / "link", "A").count == 2
+    with pytest.raises(ValueError, match=r"link is a link to a folder, which is not followed"):
+        open_pictures(tmp_path, "A")
+    (tmp_path / "a/2.HEIC").touch()
+    with pytest.raises(ValueError, match=r"1 pictures under .* in formats that are not read: 2\.HEIC;"):
+        open_pictures(tmp_path / "a", "A")
