@@ -206,12 +206,11 @@ def scores(claims: Sequence[Sequence[Claim]], readings: Sequence[Reading]) -> di
     made = {category: _score(pictures, category, said) for category in CATEGORIES}
     whole = [all(holds(claim, reading) for claim in some) for some, reading in pictures]
     right = sum(whole) / max(len(whole), 1)
-    made[WHOLE] = Score(right, sqrt(right * (1 - right) / max(len(whole), 1)), len(whole), None, 0)
+    made[WHOLE] = Score(right, _error([(held, 1) for held in whole]), len(whole), None, 0)
     return {category: score for category, score in made.items() if score.cases}
 
 
 def _score(pictures: Sequence[tuple[Sequence[Claim], Reading]], category: str, said: Mapping[str, Counter[tuple[str, ...]]]) -> Score:
-    """The ratio of two sums over pictures, whose variance is that of the residuals (Cochran 1977, 6.4)."""
     counted: list[tuple[int, int]] = []  # of each picture: claims that hold, claims
     shown: list[bool] = []
     chances: list[float] = []
@@ -225,8 +224,20 @@ def _score(pictures: Sequence[tuple[Sequence[Claim], Reading]], category: str, s
         shown_chances += [chance for _, chance in there]
     cases = sum(count for _, count in counted)
     right = sum(count for count, _ in counted) / max(cases, 1)
-    error = sqrt(sum((held - right * count) ** 2 for held, count in counted)) / max(cases, 1)
-    return Score(right, error, cases, _mean(shown), len(shown), _mean(chances), _mean(shown_chances))
+    return Score(right, _error(counted), cases, _mean(shown), len(shown), _mean(chances), _mean(shown_chances))
+
+
+def _error(counted: Sequence[tuple[int, int]]) -> float:
+    """The standard error of the share of claims that hold, from how many hold and how many there are in each picture.
+
+    The share is a ratio of two sums over pictures, whose variance is that of the residuals (Cochran 1977, 6.4). Where all hold, or none,
+    these are zero whatever the share is: then it is the standard deviation that Laplace's rule of succession leaves.
+    """
+    held, cases = (sum(column) for column in zip(*counted, strict=True)) if counted else (0, 0)
+    if held in (0, cases):
+        pictures = sum(count > 0 for _, count in counted)
+        return sqrt((pictures + 1) / (pictures + 3)) / (pictures + 2)
+    return sqrt(sum((right - held / cases * count) ** 2 for right, count in counted)) / cases
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -112,6 +112,16 @@ def test_the_error_is_that_of_pictures() -> None:
     assert (colours.right, colours.shown, colours.shown_cases) == (0.3, 1.0, 3)
 
 
+def test_all_or_none_of_a_few_pictures_is_not_certain() -> None:
+    """The standard deviation of a share of which nothing was known, after ten of ten draws: that of the distribution Beta(11, 1)."""
+    readings = [seen(found("owl", 0.5, 0.5))] * 10
+    all_or_none = [scores([[claim("object", name)] * 2] * 10, readings) for name in ("owl", "cat")]
+    assert [one["object"].right for one in all_or_none] == [1, 0]
+    for one in all_or_none:
+        assert one["object"].standard_error == one[WHOLE].standard_error == pytest.approx(sqrt(11 / (12**2 * 13)))
+    assert scores([], []) == {}
+
+
 def test_chance_is_the_score_of_pictures_that_do_not_heed_their_prompts() -> None:
     """Half of the prompts say one thing and half another: what always shows the same is right by chance, what heeds them is not."""
     claims = [[claim("left", "owl", "cat"), claim("colour", "owl", "red"), claim("count", "cat", "2"), claim("object", "owl")]] * 5
