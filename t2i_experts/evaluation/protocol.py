@@ -24,7 +24,7 @@ from t2i_experts.evaluation.precision_recall import precision_recall
 from t2i_experts.evaluation.processes import ALONE, Processes, connected
 from t2i_experts.evaluation.statistics import Gaussian, load_statistics
 
-PICTURES = "upright by EXIF, transparency on white, colour profiles not applied"
+PICTURES = "upright by EXIF, transparency on white, first frame of animations, colour profiles not applied"
 _MAKING = ("features", "dimension", "protocol", "resize", "size", "model", "sha256")
 """The parts of an extractor's record that two sets must share."""
 
@@ -153,7 +153,9 @@ def measure_pictures(
                     sides.append(min(pixels.shape[1:]))
                 case Unreadable():
                     unreadable.append(picture)
-            if len(waiting) == pace.batch:
+            if unreadable:  # there will be no number: the rest is read to list what else is broken
+                waiting.clear()
+            elif len(waiting) == pace.batch:
                 flush()
             progress(done, len(share))
         if not unreadable:
