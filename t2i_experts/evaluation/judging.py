@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from t2i_experts.cascade.pipeline import CascadePipeline
 from t2i_experts.config import SamplingConfig
 from t2i_experts.evaluation.composition import Claim, Prompt, holds, scores
 from t2i_experts.evaluation.judge import Judge, Reading
+from t2i_experts.evaluation.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,30 @@ def draw_and_judge(
     seed: int = 0,
     sampling: SamplingConfig | None = None,
     batch_size: int = 64,
-    progress: Callable[[int, int | None], None] | None = None,
-) -> Judged:
+    progress: Callable[[int, int | None], None] = lambda done, total: None,
+    processes: Processes = ALONE,
+) -> Judged | None:
     """Draws one picture for each prompt, picture i out of the noise of (seed, i), and shows them to the judge.
 
-    progress: called with the number of pictures that are drawn, and that of all.
+    progress: called with the number of pictures that are drawn, and that of all. processes: share the pictures; all but the main one get
+    None. Raises what was raised in any of them.
     """
-    batches = []
-    for start in range(0, len(prompts), batch_size):
-        indices = range(start, min(start + batch_size, len(prompts)))
-        batches.append(pipeline([prompts[i].text for i in indices], seed=seed, indices=indices, sampling=sampling))
-        if progress is not None:
-            progress(indices.stop, len(prompts))
-    images = torch.cat(batches)
-    return Judged(prompts, images, judge(images))
+    share = processes.share(len(prompts))
+    images: list[Tensor] = []
+
+    def draw() -> list[Reading]:
+        for start in range(0, len(share), batch_size):
+            indices = share[start : start + batch_size]
+            images.append(pipeline([prompts[i].text for i in indices], seed=seed, indices=indices, sampling=sampling))
+            progress(start + len(indices), len(share))
+        return judge(torch.cat(images)) if images else []
+
+    readings = processes.together(draw)
+    mine = [*zip(share, (image for batch in images for image in batch.cpu()), readings, strict=True)]
+    drawn = sorted(itertools.chain(*processes.gather(mine)), key=lambda one: one[0])
+    if not processes.main:
+        return None
+    return Judged(prompts, torch.stack([image for _, image, _ in drawn]), [reading for _, _, reading in drawn])
 
 
 def table(judged: Judged, judge: Judge) -> str:
