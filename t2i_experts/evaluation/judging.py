@@ -12,6 +12,7 @@ from torch import Tensor
 from t2i_experts.cascade.pipeline import CascadePipeline
 from t2i_experts.config import SamplingConfig
 from t2i_experts.evaluation.composition import Claim, Prompt, holds, scores
+from t2i_experts.evaluation.generation import draw
 from t2i_experts.evaluation.judge import Judge, Reading
 
 
@@ -61,11 +62,10 @@ def draw_and_judge(
     progress: called with the number of pictures that are drawn, and that of all.
     """
     batches = []
-    for start in range(0, len(prompts), batch_size):
-        indices = range(start, min(start + batch_size, len(prompts)))
-        batches.append(pipeline([prompts[i].text for i in indices], seed=seed, indices=indices, sampling=sampling))
+    for indices, images in draw(pipeline, [prompt.text for prompt in prompts], seed=seed, sampling=sampling, batch_size=batch_size):
+        batches.append(images)
         if progress is not None:
-            progress(indices.stop, len(prompts))
+            progress(indices[-1] + 1, len(prompts))
     images = torch.cat(batches)
     return Judged(prompts, images, judge(images))
 
