@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from t2i_experts.cli.measuring import check_pace, machine
-from t2i_experts.cli.options import Json, Workers, complete_features
+from t2i_experts.cli.options import Features, Json, Kid, PrecisionRecall, Protocol, Resize, Weights, Workers
 from t2i_experts.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -22,28 +22,15 @@ def fid(
         Path, typer.Argument(metavar="A", help="What is judged: a folder of pictures, a folder of shards, or an .npz of statistics.")
     ],
     b: Annotated[Path | None, typer.Argument(metavar="B", help="The reference, of the same kinds; not needed with --save-stats.")] = None,
-    features: Annotated[
-        str, typer.Option(help="Network: inception (FID), open_clip, squeezenet, or a plugin's.", autocompletion=complete_features)
-    ] = "inception",
-    protocol: Annotated[
-        str | None,
-        typer.Option(help="Inception's resizing and scaling: pytorch-fid (default) or tf1 (torch-fidelity).", show_default=False),
-    ] = None,
-    resize: Annotated[str | None, typer.Option(help="clean: clean-fid's filter, with tf1's scaling.", show_default=False)] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="File (.pth, .safetensors, .npz), URL or OWNER/REPO/FILE of the hub; open_clip's tag. Else inception's public ones.",
-            show_default=False,
-        ),
-    ] = None,
+    features: Features = "inception",
+    protocol: Protocol = None,
+    resize: Resize = None,
+    weights: Weights = None,
     model: Annotated[
         str | None, typer.Option(help="Of open_clip: embedded:clip, a folder, hf-hub:ID or an architecture.", show_default=False)
     ] = None,
-    kid: Annotated[bool, typer.Option("--kid", help="Also the kernel distance, with its spread over 100 subsets.")] = False,
-    precision_recall: Annotated[
-        bool, typer.Option("--precision-recall", help="Also precision and recall, by 3 nearest neighbours.")
-    ] = False,
+    kid: Kid = False,
+    precision_recall: PrecisionRecall = False,
     infinity: Annotated[
         bool, typer.Option("--infinity", help="Also the distance that infinitely many pictures like A would have.")
     ] = False,
