@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from t2i_experts.cli.distances import distance_lines
 from t2i_experts.cli.measuring import check_pace, machine
 from t2i_experts.cli.options import Features, Json, Kid, PrecisionRecall, Protocol, Resize, Weights, Workers
 from t2i_experts.cli.progress import progress_bar
@@ -114,19 +115,6 @@ def _lines(record: dict[str, Any], sets: dict[str, MeasuredSet]) -> list[str]:
     if record["saved"]:
         lines.append(f"statistics of A: {record['saved']}")
     if "distance" in record:
-        name = made.get("name", "Frechet distance")
-        lines.append(f"{name} {record['distance']:.4f}")
-        few = [
-            f"{what} has {n:,}" for what, s in sorted(sets.items()) if (n := s.record["count"]) is not None and n <= len(s.gaussian.mean)
-        ]
-        if few:
-            lines.append(f"  with few pictures it is far too large: {', '.join(few)} for {len(sets['A'].gaussian.mean):,} dimensions")
-        if "infinity" in record:
-            lines.append(f"{name} of infinitely many pictures {record['infinity']['value']:.4f} +- {record['infinity']['error']:.4f}")
-        if "kid" in record:
-            lines.append("KID {mean:.6f} +- {spread:.6f} ({subsets} subsets of {size})".format(**record["kid"]))
-        if "precision_recall" in record:
-            lines.append(
-                "precision {precision:.4f}, recall {recall:.4f} ({neighbours} nearest neighbours)".format(**record["precision_recall"])
-            )
+        counts = {what: measured.record["count"] for what, measured in sorted(sets.items())}
+        lines += distance_lines(record, made.get("name", "Frechet distance"), len(sets["A"].gaussian.mean), counts)
     return lines

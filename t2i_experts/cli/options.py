@@ -5,7 +5,11 @@ A completion that is empty leaves the word to the shell, which knows the files.
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +21,23 @@ def group(name: str, help: str) -> typer.Typer:
     return typer.Typer(
         name=name, help=help, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
     )
+
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """Lets the main process of a launcher's tell what went wrong, where it went wrong in all of them; the others end with the same exit
+    code. For commands that agree on errors (`t2i_experts.evaluation.processes`)."""
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        from t2i_experts.evaluation.processes import FailedProcess
+
+        if not isinstance(error, (ValueError, FailedProcess)):
+            raise
+        time.sleep(1)  # a launcher ends all when one has ended: the main process is to say why before
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
 
 
 def complete_shipped(incomplete: str) -> list[str]:

@@ -39,6 +39,8 @@ class Parts:
     def check(self) -> None:
         """Raises ValueError, which names the fields, if the folder holds parts that something else decided."""
         there = read_json(self.folder / MADE_BY)
+        if there is None and any(self.folder.glob("*.npz")):
+            raise ValueError(f"{self.folder} holds .npz files, and no {MADE_BY} that says what made them; choose another folder")
         found = [] if there is None else differences(there, self._made_by())
         if found:
             raise ValueError(f"{self.folder} holds parts of other work: {in_words(found)}; choose another folder, or delete this one")

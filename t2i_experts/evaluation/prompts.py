@@ -14,7 +14,7 @@ from typing import Any
 from t2i_experts.shards.coco import read_captions
 from t2i_experts.shards.format import not_utf8
 
-RULE = "images by rising sha256 of 'SEED/image/ID', and of the k captions of one, in the file's order, number sha256('SEED/caption/ID') mod k"
+RULE = "images by rising sha256('SEED/image/ID'); of the k captions of one, in the file's order, number sha256('SEED/caption/ID') mod k"
 """How captions are chosen. The first n of a longer choice are the choice of n, and the order of the file's images does not matter."""
 
 _COLUMNS = {
@@ -192,10 +192,10 @@ def _rows(file: io.StringIO, kind: str, path: Path) -> Iterator[Prompt]:
                 continue
             if len(cells) < len(header):
                 raise ValueError(f"{path}, line {plain.line_num}: {len(cells)} cells where the header has {len(header)} columns")
-            found = {name: _words(cells[place]) for name, place in places.items()}
-            identity = found.get("image_id") or None
+            row = {name: _words(cells[place]) for name, place in places.items()}
+            identity = row.get("image_id") or None
             number = int(identity) if identity is not None and identity.isdecimal() else identity
-            prompt = Prompt(found.get("text", ""), number, found.get("file_name") or None, found.get("category") or None)
+            prompt = Prompt(row.get("text", ""), number, row.get("file_name") or None, row.get("category") or None)
             if not (prompt.text or prompt.file_name or prompt.image_id is not None):
                 raise ValueError(f"{path}, line {plain.line_num}: neither a prompt nor a picture")
             yield prompt
