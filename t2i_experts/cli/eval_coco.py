@@ -124,12 +124,18 @@ def coco(
     from t2i_experts.evaluation.sources import Sources
 
     sources = Sources(annotations, images, num, caption_seed, ids, prompts, reference)
-    compared = {"protocol": protocol, "resize": resize, "weights": weights, "features-model": features_model}
+    compared = {
+        "features": features if features != "inception" else None,
+        "protocol": protocol,
+        "resize": resize,
+        "weights": weights,
+        "features-model": features_model,
+    }
     sources.check({**compared, "kid": kid, "precision-recall": precision_recall, "infinity": infinity}, bool(metrics))
 
     with without_collecting():
         from t2i_experts.config import check_threshold
-        from t2i_experts.evaluation.coco import Evaluation
+        from t2i_experts.evaluation.coco import Evaluation, refuse_impossible
         from t2i_experts.evaluation.features import FeatureOptions, load_features
         from t2i_experts.evaluation.metrics import load_metric
         from t2i_experts.evaluation.processes import open_processes
@@ -144,6 +150,9 @@ def coco(
             listed = sources.listed()
             names = sources.references(listed)
             statistics = None if sources.statistics is None else read_statistics(sources.statistics)
+            wanted = Comparison(kid, precision_recall, infinity)
+            if sources.compares:
+                refuse_impossible(len(listed.prompts), len(names), statistics, wanted)
             place = processes.device(device)
             pipeline = open_pipeline(model, str(place), dtype, compile=compile)
             settings = pipeline.settings(**given)
@@ -156,7 +165,6 @@ def coco(
             scorers = {name: load_metric(name, words, place) for name, words in metrics}
             networks = Networks(extractor, scorers, resolution, Pace(place, _LOOKED_AT_TOGETHER, workers))
             drawing = Drawing(pipeline, listed, seed, settings, batch_size, what_decides(pipeline, settings))
-            wanted = Comparison(kid, precision_recall, infinity)
             evaluation = Evaluation(
                 drawing, networks, wanted, reference, images, names, statistics, out, parts or out / "parts", save_images
             )

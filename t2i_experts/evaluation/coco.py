@@ -32,6 +32,18 @@ from t2i_experts.evaluation.statistics import FeatureStatistics, save_statistics
 RESULT, IDS, REFERENCE = "result.json", "ids.csv", "reference.npz"
 
 
+def refuse_impossible(drawn: int, references: int, statistics: MeasuredSet | None, wanted: Comparison) -> None:
+    """Raises ValueError for numbers that so many pictures, or statistics alone, cannot give. references: 0 where there are statistics."""
+    if drawn < 2 or (statistics is None and references < 2):
+        raise ValueError(
+            f"a distance needs at least 2 pictures of each kind; there are {drawn} prompts and {references} reference pictures"
+        )
+    if wanted.infinity and drawn < FEWEST_TO_EXTRAPOLATE:
+        raise ValueError(f"--infinity needs at least {FEWEST_TO_EXTRAPOLATE} pictures; there are {drawn}")
+    if statistics is not None and (wanted.kid or wanted.precision_recall):
+        raise ValueError(f"{statistics.record['path']} holds statistics alone: --kid and --precision-recall need the reference pictures")
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What is to be measured. out: where the result goes. folder: of the parts. saved: where pictures go, if anywhere.
@@ -52,21 +64,11 @@ class Evaluation:
     saved: Path | None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what cannot be compared."""
-        prompts, wanted, extractor = self.drawing.prompts, self.comparison, self.networks.extractor
-        if extractor is None:
-            return
-        if len(prompts.prompts) < 2 or len(self.names) == 1:
-            counts = f"{len(prompts.prompts)} prompts and {len(self.names)} reference pictures"
-            raise ValueError(f"a distance needs at least 2 pictures of each kind; there are {counts}")
-        if wanted.infinity and len(prompts.prompts) < FEWEST_TO_EXTRAPOLATE:
-            raise ValueError(f"--infinity needs at least {FEWEST_TO_EXTRAPOLATE} pictures; there are {len(prompts.prompts)}")
-        if self.statistics is None:
+        """Raises ValueError for statistics of features that are made in another way."""
+        if self.statistics is None or self.networks.extractor is None:
             return
         path, made = self.statistics.record["path"], self.statistics.made
-        if wanted.kid or wanted.precision_recall:
-            raise ValueError(f"{path} holds statistics alone: --kid and --precision-recall need the reference pictures")
-        check_alike(path, made, "the pictures", extractor.record)
+        check_alike(path, made, "the pictures", self.networks.extractor.record)
         found = (made or {}).get("resolution")
         if found not in (None, self.networks.resolution):
             raise ValueError(f"{path} is of pictures at --resolution {found}; received --resolution {self.networks.resolution}")

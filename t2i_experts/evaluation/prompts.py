@@ -169,7 +169,8 @@ def _complete_entries(annotations: Path) -> dict[int | str, tuple[str, list[str]
     """File name and captions by image id. Raises ValueError for captions without their image, and images without captions."""
     entries, unlisted = read_captions(annotations)
     if unlisted:
-        raise ValueError(f"{annotations}: {len(unlisted):,} captions of images that it does not list: {_some(i for i, _ in unlisted)}")
+        without = dict.fromkeys(identity for identity, _ in unlisted)
+        raise ValueError(f"{annotations}: {len(unlisted):,} captions of images that it does not list: {_some(without)}")
     found = {entry["id"]: (entry["file_name"].strip(), [words for text in texts if (words := _words(text))]) for entry, texts in entries}
     mute = [name for name, captions in found.values() if not captions]
     if mute:

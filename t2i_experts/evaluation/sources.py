@@ -59,9 +59,12 @@ class Sources:
             listed = read_prompts(self.prompts).first(self.num, f"--num={self.num}")
             if not all(prompt.text for prompt in listed.prompts):
                 raise ValueError(f"--prompts={self.prompts}: some of its rows hold no prompt")
+            self._check_seed(listed)
             return listed
         if self.ids is not None:
-            return read_ids(self.ids, self.annotations, self.caption_seed).first(self.num, f"--num={self.num}")
+            listed = read_ids(self.ids, self.annotations, self.caption_seed).first(self.num, f"--num={self.num}")
+            self._check_seed(listed)
+            return listed
         assert self.annotations is not None
         return choose_captions(self.annotations, USUAL if self.num is None else self.num, self.caption_seed)
 
@@ -73,6 +76,10 @@ class Sources:
         names = listed_images(self.annotations) if self.reference == "all" and self.annotations is not None else listed.file_names
         missing_files(self.images, names)
         return names
+
+    def _check_seed(self, listed: PromptList) -> None:
+        if self.caption_seed and "rule" not in listed.origin:
+            raise ValueError(f"--caption-seed={self.caption_seed} has no meaning: {listed.origin['path']} says which captions")
 
     @property
     def statistics(self) -> Path | None:
