@@ -11,13 +11,14 @@ import typer
 
 from t2i_experts.cli.distances import distance_lines
 from t2i_experts.cli.measuring import check_pace, machine
-from t2i_experts.cli.options import Features, Json, Kid, PrecisionRecall, Protocol, Resize, Weights, Workers
-from t2i_experts.cli.progress import progress_bar
+from t2i_experts.cli.options import Features, Json, Kid, PrecisionRecall, Protocol, Resize, Weights, Workers, one_voice
+from t2i_experts.cli.progress import no_bar, progress_bar
 
 if TYPE_CHECKING:
     from t2i_experts.evaluation.protocol import MeasuredSet
 
 
+@one_voice()
 def fid(
     a: Annotated[
         Path, typer.Argument(metavar="A", help="What is judged: a folder of pictures, a folder of shards, or an .npz of statistics.")
@@ -49,6 +50,8 @@ def fid(
     --json prints the record of all that made the number: network, weights' sha256, resizing, counts and hashes of both sets, versions,
     machine. Numbers are comparable only if all of that is the same; evaluation/README.md says what the protocols are. If a picture
     cannot be read there is no number, and the exit code is 2.
+
+    On several GPUs or hosts: accelerate launch -m t2i_experts eval fid A B. The processes share the pictures; the number stays the same.
     """
     workers = check_pace(batch, workers)
     if b is None and save_stats is None:
@@ -65,32 +68,38 @@ def fid(
 
     registry.check("features", features)
 
-    from t2i_experts.cascade.device import default_device, open_device
     from t2i_experts.evaluation.features import FeatureOptions
-    from t2i_experts.evaluation.protocol import PICTURES, Comparison, Pace, compare, measure_sets
+    from t2i_experts.evaluation.processes import open_processes
+    from t2i_experts.evaluation.protocol import PICTURES, Comparison, Pace, compare, measure_sets, remarks
     from t2i_experts.evaluation.statistics import save_statistics
 
     started = time.perf_counter()
     wanted = Comparison(kid, precision_recall, infinity, seed)
-    place = default_device() if device is None else open_device(device, f"--device={device!r}")
     paths = {"A": a} if b is None else {"A": a, "B": b}
     options = FeatureOptions(protocol, resize, weights, model)
-    sets = measure_sets(paths, features, options, wanted, Pace(place, batch, workers), progress_bar)
-    for what, measured in sets.items():
-        if measured.made is None:
-            typer.echo(f"note: {paths[what]} does not say how its features were made", err=True)
+    with open_processes() as processes:
+        place = processes.together(lambda: processes.device(device))
+        bar = progress_bar if processes.main else no_bar
+        sets = measure_sets(paths, features, options, wanted, Pace(place, batch, workers), bar, processes)
+    if not processes.main:
+        return
+    notes = remarks(sets)
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
     if save_stats is not None:
         made = sets["A"].made
         save_statistics(save_stats, sets["A"].gaussian, None if made is None else json.dumps(made))
-    numbers = compare(sets["A"], sets["B"], wanted) if b is not None else {}
+    numbers = compare(sets["A"], sets["B"], wanted, place) if b is not None else {}
     made = next((measured.made for measured in sets.values() if measured.made is not None), None)
     record: dict[str, Any] = {
         **numbers,
         "features": made,
         "pictures": PICTURES,
         **{what.lower(): measured.record for what, measured in sorted(sets.items())},
+        "notes": notes,
         "saved": None if save_stats is None else str(save_stats),
         "settings": {"batch": batch, "workers": workers, "seed": seed},
+        "processes": processes.count,
         **machine(place),
         "seconds": round(time.perf_counter() - started, 3),
     }

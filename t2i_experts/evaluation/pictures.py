@@ -53,20 +53,21 @@ class Unreadable:
 class PictureSet:
     """path: of the folder. kind: `folder` or `shards`. count: of its pictures.
 
-    load: the picture with some index, for several threads at once; raises ValueError, which names the picture. names: of the files of a
-    folder, relative to it, in order.
+    load: the picture with some index, for several threads at once; raises ValueError, which names the picture. listing: sha256 of what is
+    listed there, before any picture is read. names: of the files of a folder, relative to it, in order.
     """
 
     path: Path
     kind: str
     count: int
     load: Callable[[int], Stored]
+    listing: str
     names: Sequence[str] = ()
 
-    def read(self, workers: int) -> Iterator[Picture | Unreadable]:
-        """Every picture in order, decoded by some threads: at its own size, upright, transparency on white."""
+    def read(self, workers: int, indices: range | None = None) -> Iterator[Picture | Unreadable]:
+        """Every picture in order, or those of some indices, decoded by some threads: at its own size, upright, transparency on white."""
         with ThreadPoolExecutor(workers) as pool:
-            yield from in_order(pool, workers, self._decoded, range(self.count))
+            yield from in_order(pool, workers, self._decoded, range(self.count) if indices is None else indices)
 
     def _decoded(self, index: int) -> Picture | Unreadable:
         try:
@@ -105,7 +106,8 @@ def _of_folder(path: Path) -> PictureSet:
         except OSError as error:
             raise ValueError(f"{names[index]}: {error.strerror or error}") from error
 
-    return PictureSet(path, "folder", len(names), load, names)
+    listing = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
+    return PictureSet(path, "folder", len(names), load, listing, names)
 
 
 def named_digest(name: str, data: bytes) -> bytes:
@@ -137,7 +139,7 @@ def _of_shards(path: Path) -> PictureSet:
             sample = reader.raw(index)
         return Stored(sample.key, sample.image, sample.captions)
 
-    return PictureSet(path, "shards", reader.samples, load)
+    return PictureSet(path, "shards", reader.samples, load, reader.dataset_hash)
 
 
 def walk(folder: Path, extensions: Sequence[str]) -> Iterator[Path]:
