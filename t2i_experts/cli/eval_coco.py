@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,6 +35,10 @@ from t2i_experts.cli.options import (
     one_voice,
 )
 from t2i_experts.cli.progress import no_bar, progress_bar
+
+if TYPE_CHECKING:
+    from t2i_experts.evaluation.prompts import PromptList
+    from t2i_experts.evaluation.protocol import MeasuredSet
 
 _LOOKED_AT_TOGETHER = 32
 """Pictures that go through a network of features together, as in `eval fid`; whatever the sampler's batch is."""
@@ -146,32 +150,42 @@ def coco(
     started = time.perf_counter()
     with open_processes() as processes:
 
-        def prepare() -> Evaluation:
+        def find() -> tuple[PromptList, list[str], MeasuredSet | None]:
             listed = sources.listed()
             names = sources.references(listed)
             statistics = None if sources.statistics is None else read_statistics(sources.statistics)
-            wanted = Comparison(kid, precision_recall, infinity)
             if sources.compares:
                 refuse_impossible(len(listed.prompts), len(names), statistics, wanted)
-            place = processes.device(device)
+            return listed, names, statistics
+
+        def open_drawing() -> Drawing:
             pipeline = open_pipeline(model, str(place), dtype, compile=compile)
             settings = pipeline.settings(**given)
             check_threshold(settings.threshold, pipeline.base.config.codec, "--")
+            return Drawing(pipeline, listed, seed, settings, batch_size, what_decides(pipeline, settings))
+
+        def load() -> Networks:
             options = FeatureOptions(protocol, resize, weights, features_model)
             try:
                 extractor = load_features(features, options, place) if sources.compares else None
             except ValueError as error:
                 raise ValueError(str(error).replace("--model", "--features-model")) from error
             scorers = {name: load_metric(name, words, place) for name, words in metrics}
-            networks = Networks(extractor, scorers, resolution, Pace(place, _LOOKED_AT_TOGETHER, workers))
-            drawing = Drawing(pipeline, listed, seed, settings, batch_size, what_decides(pipeline, settings))
-            evaluation = Evaluation(
-                drawing, networks, wanted, reference, images, names, statistics, out, parts or out / "parts", save_images
-            )
-            evaluation.check()
-            return evaluation
+            return Networks(extractor, scorers, resolution, Pace(place, _LOOKED_AT_TOGETHER, workers))
 
-        evaluation = processes.together(prepare)
+        def plan() -> Evaluation:
+            kept = parts or out / "parts"
+            planned = Evaluation(drawing, networks, wanted, reference, images, names, statistics, out, kept, save_images)
+            planned.check()
+            return planned
+
+        wanted = Comparison(kid, precision_recall, infinity)
+        listed, names, statistics = processes.together(find)
+        place = processes.together(lambda: processes.device(device))
+        drawing = processes.together(open_drawing)
+        first = processes.together(lambda: load() if processes.local_rank == 0 else None)  # what is downloaded is downloaded once a host
+        networks = processes.together(lambda: first or load())
+        evaluation = processes.together(plan)
         record: dict[str, Any] = {
             **evaluation.described(),
             "settings": {"batch_size": batch_size, "workers": workers, "processes": processes.count, "compile": compile},
@@ -186,7 +200,10 @@ def coco(
         processes.together(lambda: evaluation.open() if processes.main else None)
         processes.together(lambda: evaluation.do(processes, progress_bar if processes.main else no_bar))
     if processes.main:
-        record = {**record, **evaluation.result(), "seconds": round(time.perf_counter() - started, 3)}
+        result = evaluation.result()
+        for note in result["notes"]:
+            typer.echo(f"note: {note}", err=True)
+        record = {**record, **result, "seconds": round(time.perf_counter() - started, 3)}
         evaluation.keep(record)
         typer.echo(json.dumps(record, ensure_ascii=False) if as_json else "\n".join(_lines(record)))
 

@@ -24,7 +24,7 @@ from t2i_experts.evaluation.parts import Parts
 from t2i_experts.evaluation.pictures import set_hash
 from t2i_experts.evaluation.processes import Processes
 from t2i_experts.evaluation.prompts import PromptList
-from t2i_experts.evaluation.protocol import PICTURES, Comparison, MeasuredSet, Progress, check_alike, compare
+from t2i_experts.evaluation.protocol import PICTURES, Comparison, MeasuredSet, Progress, check_alike, compare, remarks
 from t2i_experts.evaluation.records import differences, in_words, read_json, write_json
 from t2i_experts.evaluation.seeing import Drawing, Networks, draw_parts, reference_parts
 from t2i_experts.evaluation.statistics import FeatureStatistics, save_statistics
@@ -132,7 +132,7 @@ class Evaluation:
         drawn = gather(self._generated(), place, keep=self.comparison.needs_features)
         record: dict[str, Any] = {"count": len(drawn.digests), "sha256": hashlib.sha256(b"".join(drawn.digests)).hexdigest()}
         generated = {"path": "the sampler's pictures", "kind": "generated", **record, "seconds": round(drawn.seconds, 3)}
-        found: dict[str, Any] = {"generated": generated, "scores": scores(drawn, self.drawing.prompts)}
+        found: dict[str, Any] = {"generated": generated, "scores": scores(drawn, self.drawing.prompts), "notes": []}
         for name, metric in self.networks.metrics.items():
             found["scores"][name]["captions_cut"] = sum(tokens > 0 for tokens in metric.cut(self.drawing.prompts.texts))
         if extractor is None or drawn.statistics is None:
@@ -154,7 +154,8 @@ class Evaluation:
             save_statistics(self.out / REFERENCE, gaussian, json.dumps(made))
         assert reference is not None
         measured = MeasuredSet(drawn.statistics.gaussian(), drawn.features, extractor.record, generated)
-        return {**compare(measured, reference, self.comparison), **found, "reference": dict(reference.record)}
+        found |= {"reference": dict(reference.record), "notes": remarks({"generated": measured, "reference": reference})}
+        return {**compare(measured, reference, self.comparison, place), **found}
 
     def keep(self, record: Mapping[str, Any]) -> None:
         """Writes the record. Raises ValueError if that is not possible."""
