@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from t2i_experts.cascade.picture import read_metadata
 from t2i_experts.cascade.pipeline import CascadePipeline
 from t2i_experts.evaluation import features, parts
 from t2i_experts.registry import registry
+from tests.evaluation.test_processes import command, launched
 
 CLI = Callable[..., tuple[int, str, str]]
 COUNT = 30
@@ -201,52 +200,32 @@ def test_prompts_without_pictures_have_scores_by_category(cli: CLI, world: Path)
     assert score["mean"] == pytest.approx(weighted) and score["captions_cut"] == 0
 
 
-PROCESS = """
-import os, sys
-from t2i_experts.cascade.pipeline import CascadePipeline
-from t2i_experts.cli.app import main
-from t2i_experts.evaluation import parts
-
-parts.SIZE = 8
-draw = CascadePipeline.__call__
-
-def watched(pipeline, prompt, **options):
-    with open("drawn." + os.environ["RANK"], "a") as file:
-        file.writelines(f"{i}\\n" for i in options["indices"])
-    return draw(pipeline, prompt, **options)
-
-CascadePipeline.__call__ = watched
-main(sys.argv[1:])
-"""
-
-
-def test_two_processes_draw_each_picture_once_and_give_the_number_of_one(coco: Callable[..., Any], world: Path) -> None:
-    """With a part that one process had made before."""
+def test_two_processes_draw_each_picture_once_and_give_the_number_of_one(
+    coco: Callable[..., Any], world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With parts that one process had made before."""
     one = coco(*CHOSEN, "--steps", 1, "--out", "one")
     shutil.copytree("one/parts", "two/parts")
-    for kept in ("generated/000000.npz", "generated/000016.npz", "reference/000008.npz"):
-        (world / "two/parts" / kept).unlink()
-    (world / "process.py").write_text(PROCESS)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "--",
-        "process.py",
-        "eval",
-        "coco",
-        *CHOSEN,
-    ]
-    command += [*SMALL, "--model", "model", "--num", "20", "--steps", "1", "--out", "two", "--json"]
-    two = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
-    assert two.returncode == 0, two.stderr
-    record = json.loads(two.stdout)
-    shares = [[int(line) for line in (world / f"drawn.{rank}").read_text().split()] for rank in (0, 1)]
+    for lost in ("generated/000000.npz", "generated/000016.npz", "reference/000008.npz"):
+        (world / "two/parts" / lost).unlink()
+    draw = CascadePipeline.__call__
+
+    def watched(pipeline: CascadePipeline, prompt: Any, **options: Any) -> Any:
+        with open(world / f"drawn{os.environ['RANK']}", "a") as file:
+            file.writelines(f"{i}\n" for i in options["indices"])
+        return draw(pipeline, prompt, **options)
+
+    monkeypatch.setattr(CascadePipeline, "__call__", watched)
+    arguments = ["eval", "coco", *CHOSEN, *SMALL, "--model", "model", "--num", 20, "--steps", 1, "--out", "two", "--json"]
+    (code, out, err), others = launched(2, command(*arguments), world)
+    assert code == 0 and others == (0, "", ""), err
+    record = json.loads(out)
+    shares = [[int(line) for line in (world / f"drawn{rank}").read_text().split()] for rank in (0, 1)]
     assert shares == [[*range(8)], [*range(16, 20)]] and record["settings"]["processes"] == 2
     assert record["distance"] == one["distance"] and record["generated"]["sha256"] == one["generated"]["sha256"]
     assert record["reference"]["sha256"] == one["reference"]["sha256"]
+    (code, out, err), others = launched(2, command(*arguments, "--seed", 1), world)
+    assert (code, out, err.count("error: ")) == (2, "", 1) and "seed is 0 there and 1 here" in err and others == (2, "", "")
 
 
 def test_a_dry_run_says_what_would_be_and_writes_nothing(cli: CLI, coco: Callable[..., Any], world: Path, drawn: list[int]) -> None:
