@@ -82,6 +82,7 @@ def coco(
     metric: Annotated[
         list[str] | None,
         typer.Option(
+            "--metric",
             metavar="NAME[:KEY=VALUE,...]",
             help="Also this score of each picture with its prompt, such as clip:model=embedded:clip; may be repeated.",
             show_default=False,

@@ -10,7 +10,7 @@ from torch import Tensor
 from t2i_experts.cascade.picture import to_pil
 from t2i_experts.shards.images import resize
 
-HOW = "centre square, cut out between pixels, to the resolution by Pillow's Lanczos filter in 8 bits; pixels of that size as they are"
+HOW = "centre square, cut out in whole pixels, to the resolution by Pillow's Lanczos filter in 8 bits; of that size unchanged"
 
 
 def centre_square(image: Tensor, size: int) -> Tensor:
