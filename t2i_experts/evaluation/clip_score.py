@@ -27,7 +27,7 @@ class CLIPScore:
     Float32 without TF32 in convolutions. A caption that is longer than the network reads loses its end, as open_clip cuts it.
     """
 
-    options = ("model", "weights", "clamp", "prefix")
+    options: Sequence[str] = ("model", "weights", "clamp", "prefix")
 
     def __init__(
         self, model: str, weights: str | None = None, *, clamp: bool = False, prefix: str = "", device: torch.device | str = "cpu"
@@ -42,7 +42,7 @@ class CLIPScore:
         self._tokenizer = _tokenizer(towers, model)
         self.context: int = self._tokenizer.context_length
         made = self._images.record
-        self.record = {
+        self.record: Mapping[str, Any] = {
             "name": "CLIP score",
             "metric": "clip",
             "model": model,
@@ -88,12 +88,15 @@ class CLIPScore:
 def _tokenizer(towers: Towers, model: str) -> SimpleTokenizer | HFTokenizer:
     """The network's own. Raises ValueError if it is not to be had."""
     name = model if towers.source is None else f"local-dir:{towers.source}"
-    merges = (towers.model_config["text_cfg"].get("tokenizer_kwargs") or {}).get("bpe_path")
+    text = towers.model_config["text_cfg"]
+    merges = (text.get("tokenizer_kwargs") or {}).get("bpe_path")
     own = {"bpe_path": str(towers.source / merges)} if merges and towers.source is not None else {}
     try:
         tokenizer: SimpleTokenizer | HFTokenizer = open_clip.get_tokenizer(name, **own)
     except (RuntimeError, OSError, EOFError, ValueError, ImportError) as error:
         raise ValueError(f"model={model!r}: its tokeniser cannot be loaded by open_clip: {error}") from error
+    if isinstance(tokenizer, SimpleTokenizer) and tokenizer.vocab_size != text["vocab_size"]:
+        raise ValueError(f"model={model!r}: its text tower knows {text['vocab_size']} tokens, and its tokeniser {tokenizer.vocab_size}")
     return tokenizer
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,14 @@ def test_the_record_says_which_network_it_was(clip_folder: Path) -> None:
     }
     assert record["text_sha256"] != record["sha256"] and record["scale"] == 100 and json.dumps(record)
     assert CLIPScore("embedded:clip").record["sha256"] != record["sha256"]
+
+
+def test_a_tokeniser_of_another_network_is_refused(clip_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(clip_folder, tmp_path / "clip")
+    merges = gzip.decompress((clip_folder / "merges.txt.gz").read_bytes())
+    (tmp_path / "clip/merges.txt.gz").write_bytes(gzip.compress(merges + b"\nt w"))
+    with pytest.raises(ValueError, match="its text tower knows 520 tokens, and its tokeniser 521"):
+        CLIPScore(str(tmp_path / "clip"))
 
 
 def test_an_architecture_with_weights_in_a_file(clip_folder: Path, tmp_path: Path) -> None:
