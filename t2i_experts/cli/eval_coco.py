@@ -139,6 +139,8 @@ def coco(
     sources.check({**compared, "kid": kid, "precision-recall": precision_recall, "infinity": infinity}, bool(metrics))
 
     with without_collecting():
+        import torch
+
         from t2i_experts.config import check_threshold
         from t2i_experts.evaluation.coco import Evaluation, refuse_impossible
         from t2i_experts.evaluation.features import FeatureOptions, load_features
@@ -160,6 +162,8 @@ def coco(
             return listed, names, statistics
 
         def open_drawing() -> Drawing:
+            if place.index is not None and place.type == "cuda":
+                torch.cuda.set_device(place)  # several processes would else all take room on the first
             pipeline = open_pipeline(model, str(place), dtype, compile=compile)
             settings = pipeline.settings(**given)
             check_threshold(settings.threshold, pipeline.base.config.codec, "--")

@@ -29,6 +29,8 @@ from t2i_experts.evaluation.records import differences, in_words, read_json, wri
 from t2i_experts.evaluation.seeing import Drawing, Networks, draw_parts, reference_parts
 from t2i_experts.evaluation.statistics import FeatureStatistics, save_statistics
 
+_TOKENIZED = 1024  # prompts at a time
+
 RESULT, IDS, REFERENCE = "result.json", "ids.csv", "reference.npz"
 
 
@@ -132,7 +134,8 @@ class Evaluation:
         drawn = gather(self._generated(), place, keep=self.comparison.needs_features)
         record: dict[str, Any] = {"count": len(drawn.digests), "sha256": hashlib.sha256(b"".join(drawn.digests)).hexdigest()}
         generated = {"path": "the sampler's pictures", "kind": "generated", **record, "seconds": round(drawn.seconds, 3)}
-        found: dict[str, Any] = {"generated": generated, "scores": scores(drawn, self.drawing.prompts), "notes": []}
+        notes = cut_prompts(self.drawing)
+        found: dict[str, Any] = {"generated": generated, "scores": scores(drawn, self.drawing.prompts), "notes": notes}
         for name, metric in self.networks.metrics.items():
             found["scores"][name]["captions_cut"] = sum(tokens > 0 for tokens in metric.cut(self.drawing.prompts.texts))
         if extractor is None or drawn.statistics is None:
@@ -154,7 +157,7 @@ class Evaluation:
             save_statistics(self.out / REFERENCE, gaussian, json.dumps(made))
         assert reference is not None
         measured = MeasuredSet(drawn.statistics.gaussian(), drawn.features, extractor.record, generated)
-        found |= {"reference": dict(reference.record), "notes": remarks({"generated": measured, "reference": reference})}
+        found |= {"reference": dict(reference.record), "notes": [*notes, *remarks({"generated": measured, "reference": reference})]}
         return {**compare(measured, reference, self.comparison, place), **found}
 
     def keep(self, record: Mapping[str, Any]) -> None:
@@ -176,6 +179,16 @@ class Evaluation:
 
     def _saved(self, what: str) -> Path | None:
         return None if self.saved is None else self.saved / what
+
+
+def cut_prompts(drawing: Drawing) -> list[str]:
+    """Of each of the model's text encoders that reads some prompts only in part, how many, in a line."""
+    texts, counts = drawing.prompts.texts, dict[str, int]()
+    tokenizer = drawing.pipeline.model.conditioner.tokenizer
+    for start in range(0, len(texts), _TOKENIZED):
+        for name, tokens in tokenizer(texts[start : start + _TOKENIZED]).items():
+            counts[name] = counts.get(name, 0) + sum(cut is not None for cut in tokens.truncated)
+    return [f"the model's {name} reads {count:,} of the {len(texts):,} prompts only in part" for name, count in counts.items() if count]
 
 
 @dataclass(frozen=True, eq=False)
