@@ -1,12 +1,13 @@
 """Layers of the U-Net: a norm over channels only, and the residual block that it makes fast.
 
 A norm over channels (and not over pixels, as GroupNorm's) reads and writes each pixel once, so that in channels-last memory it fuses
-with SiLU and scale-shift into the neighbouring copy of a 3x3 convolution's input.
+with SiLU and scale-shift into the neighbouring copy of a 3x3 convolution's input. Norms have no gains and convolutions no biases, as in
+EDM2 (Karras et al. 2024): the gradient of each would be a sum over all pixels, another pass over the activations.
 """
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,24 @@ def resample(x: Tensor, mode: Resample) -> Tensor:
             return x
 
 
+class _DenseGradient(torch.autograd.Function):
+    """The identity, whose gradient is written out once where it is a part of another: a convolution copies such a one each time it reads
+    it, for its input's gradient, its weight's, and again in the shortcut."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.contiguous(memory_format=torch.channels_last)
+
+
+def concatenate(x: Tensor, skip: Tensor) -> Tensor:
+    """(B, C, H, W) and (B, C', H, W) to (B, C + C', H, W)."""
+    return torch.cat([_DenseGradient.apply(x), skip], dim=1)
+
+
 class ResidualBlock(nn.Module):
     """norm, SiLU, [resample], conv 3x3, norm with scale and shift from the embedding, SiLU, conv 3x3; plus the (resampled) input.
 
@@ -52,16 +71,14 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.mode: Resample = mode
         self.dropout = dropout
-        self.norm_gain = nn.Parameter(torch.ones(in_channels))
-        self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
         self.scale_shift = zeroed(nn.Linear(embedding_channels, 2 * out_channels))
-        self.conv_out = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.conv_out = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False))
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x: (B, C_in, H, W); embedding: (B, E), already through its SiLU. Returns (B, C_out, H', W')."""
-        h = F.silu(rms_norm(x, 1) * self.norm_gain.to(x.dtype)[:, None, None])
-        h = self.conv_in(resample(h, self.mode))
+        h = self.conv_in(resample(F.silu(rms_norm(x, 1)), self.mode))
         scale, shift = self.scale_shift(embedding)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, rms_norm(h, 1), 1 + scale))
         if self.dropout:

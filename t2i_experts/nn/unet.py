@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from t2i_experts.config import ResolutionSpec
 from t2i_experts.nn.attention import CrossAttention, SelfAttention
 from t2i_experts.nn.embeddings import ContextEmbedding, NoiseEmbedding
-from t2i_experts.nn.layers import Resample, ResidualBlock, rms_norm, zeroed
+from t2i_experts.nn.layers import Resample, ResidualBlock, concatenate, rms_norm, zeroed
 from t2i_experts.types import Embedding
 
 
@@ -44,21 +44,21 @@ class UNetBlock(nn.Module):
         self.self_attention = self_attention
         self.cross_attention = cross_attention
 
-    def forward(self, x: Tensor, embedding: Tensor, key_value: Tensor | None, context_mask: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, key_value: Tensor | None, skip: Tensor | None = None) -> Tensor:
         """skip: (B, C', H, W), concatenated to x, which together have the residual block's input channels."""
-        inputs = (x, embedding, key_value, context_mask, skip)
+        inputs = (x, embedding, key_value, skip)
         if self.checkpointed and torch.is_grad_enabled():
             random = self.training and self.residual.dropout > 0
             return checkpoint(self._compute, *inputs, use_reentrant=False, preserve_rng_state=random)
         return self._compute(*inputs)
 
-    def _compute(self, x: Tensor, embedding: Tensor, key_value: Tensor | None, context_mask: Tensor, skip: Tensor | None) -> Tensor:
-        x = self.residual(x if skip is None else torch.cat([x, skip], dim=1), embedding)
+    def _compute(self, x: Tensor, embedding: Tensor, key_value: Tensor | None, skip: Tensor | None) -> Tensor:
+        x = self.residual(x if skip is None else concatenate(x, skip), embedding)
         if self.self_attention is not None:
             x = self.self_attention(x)
         if self.cross_attention is not None:
             assert key_value is not None
-            x = self.cross_attention(x, key_value, context_mask)
+            x = self.cross_attention(x, key_value)
         return x
 
 
@@ -127,7 +127,6 @@ class UNet(nn.Module):
                 self.skips_of_up.append(True)
                 channels = spec.channels
         assert not skips
-        self.norm_gain = nn.Parameter(torch.ones(channels))
         self.conv_out = zeroed(nn.Conv2d(channels, out_channels * patch_size**2, 3, padding=1))
 
     def _blocks(self) -> list[UNetBlock]:
@@ -136,10 +135,10 @@ class UNet(nn.Module):
     def project(self, embeddings: Mapping[str, Embedding]) -> dict[str, Tensor]:
         """All that depends on the prompt and not on sigma: what `forward` takes as `projected`, batch first."""
         context, mask, vector = self.context_embedding(embeddings)
-        projected = {"vector": vector, "context_mask": mask}
+        projected = {"vector": vector}
         for i, block in enumerate(self._blocks()):
             if block.cross_attention is not None:
-                projected[f"key_value.{i}"] = block.cross_attention.project(context)
+                projected[f"key_value.{i}"] = block.cross_attention.project(context, mask)
         return projected
 
     def forward(self, x: Tensor, c_noise: Tensor, projected: Mapping[str, Tensor]) -> Tensor:
@@ -150,18 +149,17 @@ class UNet(nn.Module):
         """
         noise = self.noise_embedding(c_noise)
         embedding = F.silu(noise + projected["vector"])
-        mask = projected["context_mask"]
         key_values = iter(projected.get(f"key_value.{i}") for i in range(len(self._blocks())))
         x = self._first_convolution(x).to(noise.dtype)  # the dtype that a linear layer computes in here
         skips = [x]
         for block in self.down:
-            x = block(x, embedding, next(key_values), mask)
+            x = block(x, embedding, next(key_values))
             skips.append(x)
         for block in self.middle:
-            x = block(x, embedding, next(key_values), mask)
+            x = block(x, embedding, next(key_values))
         for block, takes_skip in zip(self.up, self.skips_of_up, strict=True):
-            x = block(x, embedding, next(key_values), mask, skips.pop() if takes_skip else None)
-        x = self.conv_out(F.silu(rms_norm(x, 1) * self.norm_gain.to(x.dtype)[:, None, None]))
+            x = block(x, embedding, next(key_values), skips.pop() if takes_skip else None)
+        x = self.conv_out(F.silu(rms_norm(x, 1)))
         return F.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x
 
     def _first_convolution(self, x: Tensor) -> Tensor:

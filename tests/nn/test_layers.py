@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from t2i_experts.nn.layers import ResidualBlock, resample, rms_norm
+from t2i_experts.nn.layers import ResidualBlock, concatenate, resample, rms_norm
 
 
 def test_rms_norm_agrees_with_torch() -> None:
@@ -49,3 +49,18 @@ def test_embedding_scales_and_shifts() -> None:
     x = torch.randn(1, 4, 4, 4)
     first, second = block(x, torch.randn(1, 3)), block(x, torch.randn(1, 3))
     assert not torch.allclose(first, second, atol=1e-3)
+
+
+def test_a_concatenations_gradients_are_dense_in_channels_last() -> None:
+    """A convolution's backward pass would copy a slice of the concatenation's gradient again and again."""
+    x, skip = (torch.randn(2, 6, 4, 4).to(memory_format=torch.channels_last).requires_grad_() for _ in range(2))
+    seen: list[torch.Tensor] = []
+    y = x * 1
+    y.register_hook(seen.append)
+    joined = concatenate(y, skip)
+    weight = torch.randn(2, 12, 4, 4).to(memory_format=torch.channels_last)
+    (joined * weight).sum().backward()
+    assert torch.equal(joined, torch.cat([x, skip], 1))
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert x.grad is not None and torch.equal(x.grad, weight[:, :6])
+    assert skip.grad is not None and torch.equal(skip.grad, weight[:, 6:])
