@@ -23,7 +23,7 @@ ALL = slice(None)
 class Loop(Protocol):
     """What is timed. network: its weights, float32. model: what a step calls, the network or its compiled form.
 
-    cudnn_attention: whether its attention may be cuDNN's.
+    cudnn_attention: whether PyTorch may choose cuDNN's attention by itself; this project's network asks for it.
     """
 
     network: nn.Module
