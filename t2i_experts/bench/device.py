@@ -18,7 +18,7 @@ def free(device: torch.device) -> None:
 
 @contextmanager
 def cudnn_attention(allowed: bool) -> Iterator[None]:
-    """Whether PyTorch may choose cuDNN's attention by itself in what is called or compiled in here: its default is yes, training's is no."""
+    """Whether PyTorch may choose cuDNN's attention by itself for what is called or compiled in here: yes by default, no in training."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(allowed)
     try:

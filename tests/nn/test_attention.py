@@ -28,17 +28,17 @@ def explicit(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = 
 
 def head_norm(x: Tensor, head: int, own: int) -> Tensor:
     """The norm of the first `own` channels of each head, and zeros in its others."""
-    return torch.cat([torch.nn.functional.pad(rms_norm(part[..., :own], -1), (0, head - own)) for part in x.split(head, -1)], -1)
+    return torch.cat([torch.nn.functional.pad(rms_norm(part[..., :own]), (0, head - own)) for part in x.split(head, -1)], -1)
 
 
 def test_self_attention() -> None:
     module = SelfAttention(16, 8)
     randomise(module)
-    x = torch.randn(2, 16, 3, 5)
-    pixels = x.permute(0, 2, 3, 1).reshape(2, 15, 16)
-    q, k, v = (rms_norm(pixels, -1) @ module.qkv.weight.T).chunk(3, -1)
+    x = torch.randn(2, 3, 5, 16)
+    pixels = x.reshape(2, 15, 16)
+    q, k, v = (rms_norm(pixels) @ module.qkv.weight.T).chunk(3, -1)
     h = explicit(head_norm(q, 8, 8), head_norm(k, 8, 8), v, heads=2)
-    expected = x + module.out(h).reshape(2, 3, 5, 16).permute(0, 3, 1, 2)
+    expected = x + module.out(h).reshape(x.shape)
     torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -48,13 +48,13 @@ MASK = torch.tensor([[True, True, True, False, False], [True, False, False, Fals
 def test_cross_attention_with_mask() -> None:
     module = CrossAttention(16, 6, 8)
     randomise(module)
-    x, context = torch.randn(2, 16, 2, 2), torch.randn(2, 5, 6)
-    pixels = x.permute(0, 2, 3, 1).reshape(2, 4, 16)
+    x, context = torch.randn(2, 2, 2, 16), torch.randn(2, 5, 6)
+    pixels = x.reshape(2, 4, 16)
     k, v = (context @ module.key_value.weight.T).chunk(2, -1)
-    q = rms_norm(pixels, -1) @ module.query.weight.T
+    q = rms_norm(pixels) @ module.query.weight.T
     gain = torch.cat([module.key_gain, torch.zeros(1)]).repeat(2)
     h = explicit(head_norm(q, 8, 7), head_norm(k, 8, 7) * gain, v, heads=2, mask=MASK)
-    expected = x + module.out(h).reshape(2, 2, 2, 16).permute(0, 3, 1, 2)
+    expected = x + module.out(h).reshape(x.shape)
     torch.testing.assert_close(module(x, module.project(context, MASK)), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -63,7 +63,7 @@ def test_cross_attention_with_mask() -> None:
 def test_padding_has_no_influence_at_all(dtype: torch.dtype, head: int) -> None:
     module = CrossAttention(128, 6, head).to(dtype)
     randomise(module)
-    x, context = torch.randn(2, 128, 2, 2, dtype=dtype), torch.randn(2, 5, 6, dtype=dtype)
+    x, context = torch.randn(2, 2, 2, 128, dtype=dtype), torch.randn(2, 5, 6, dtype=dtype)
     other = torch.where(MASK[..., None], context, 1000 * torch.randn(2, 5, 6)).to(dtype)
     assert torch.equal(module(x, module.project(context, MASK)), module(x, module.project(other, MASK)))
     assert not torch.equal(module(x, module.project(context, MASK)), module(x, module.project(context.flip(1), MASK)))

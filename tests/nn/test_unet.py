@@ -160,7 +160,7 @@ def test_patches_fold_space_into_channels() -> None:
     assert out.shape == x.shape
     torch.testing.assert_close(out, expected)
     sides: list[int] = []
-    patched.down[0].register_forward_pre_hook(lambda module, given: sides.append(given[0].shape[-1]))
+    patched.down[0].register_forward_pre_hook(lambda module, given: sides.append(given[0].shape[2]))
     run(patched, x, embeddings(2))
     assert sides == [4], "the first resolution has half the image's side"
 
@@ -169,7 +169,7 @@ def test_without_patches_nothing_is_folded(unet: UNet) -> None:
     assert unet.conv_in.weight.shape == (16, 3, 3, 3)
     assert unet.conv_out.weight.shape == (3, 16, 3, 3)
     x = torch.randn(2, 3, 16, 16)
-    torch.testing.assert_close(unet._first_convolution(x), unet.conv_in(x))
+    torch.testing.assert_close(unet._first_convolution(x), unet.conv_in(x.permute(0, 2, 3, 1)))
 
 
 def test_gradients_reach_every_parameter(unet: UNet) -> None:
