@@ -45,7 +45,7 @@ class Chart:
     """A chart in words and numbers.
 
     log: a logarithmic y axis, on which points that are not positive are left out. Otherwise the y axis begins at zero, or at the lowest
-    point if that lies below it.
+    point if that lies below it. log_x: the same for x.
     """
 
     title: str
@@ -54,18 +54,25 @@ class Chart:
     series: Sequence[Series]
     marks: Sequence[Marks] = ()
     log: bool = False
+    log_x: bool = False
 
 
 def draw_chart(chart: Chart, width: int = 960, height: int = 420) -> Image.Image:
     """The chart as an RGB picture. Raises ValueError if no series has a point that can be drawn."""
     lines = [
-        [(x, y) for x, y in line.points if math.isfinite(x) and math.isfinite(y) and (y > 0 or not chart.log)] for line in chart.series
+        [
+            (x, y)
+            for x, y in line.points
+            if math.isfinite(x) and math.isfinite(y) and (x > 0 or not chart.log_x) and (y > 0 or not chart.log)
+        ]
+        for line in chart.series
     ]
     xs, ys = ([point[i] for line in lines for point in line] for i in (0, 1))
     if not xs:
         raise ValueError(f"the chart {chart.title!r} has no point to draw")
     xs += [position for marks in chart.marks for position in marks.positions]
-    x_axis = _Axis(min(0.0, *xs), max(xs), log=False, ticks=8)
+    xs += [] if chart.log_x else [0.0]
+    x_axis = _Axis(min(xs), max(xs), log=chart.log_x, ticks=8)
     if not chart.log:
         ys += [0.0, 1.05 * max(ys)]
     y_axis = _Axis(min(ys), max(ys), log=chart.log, ticks=6)

@@ -59,6 +59,15 @@ def test_a_logarithmic_axis_makes_equal_factors_equal_distances() -> None:
     assert red - pink == pytest.approx(pink - blue, abs=1)
 
 
+def test_a_logarithmic_x_axis_does_the_same_and_leaves_out_zero() -> None:
+    lines = [Series(colour, [(0, 1.0), (x, 1.0)], colour, dots=True) for colour, x in ((RED, 1.0), (PINK, 10.0), (BLUE, 100.0))]
+    picture = draw_chart(Chart("t", "x", "y", lines, log_x=True))
+    found = [where(picture, line.colour) for line in lines]
+    red, pink, blue = (float(pixels[pixels[:, 0] > 90, 1].mean()) for pixels in found)
+    assert red < pink < blue
+    assert pink - red == pytest.approx(blue - pink, abs=1)
+
+
 def test_a_linear_axis_begins_at_zero() -> None:
     lines = [Series(colour, [(0, y), (100, y)], colour) for colour, y in ((RED, 5.0), (PINK, 10.0), (BLUE, 15.0))]
     red, pink, blue = rows_of(Chart("t", "x", "y", lines))

@@ -16,6 +16,7 @@ from t2i_experts.diffusion.loss import EDMLoss
 from t2i_experts.training.ema import build_ema
 from t2i_experts.training.optim import build_optimizer
 from t2i_experts.training.step import apply_gradients
+from t2i_experts.types import Conditioning
 
 ALL = slice(None)
 
@@ -42,17 +43,17 @@ class Loop(Protocol):
 
 
 class OwnLoop:
-    """This project's step, as `training.trainer` takes it. backend: torch.compile's, None: not compiled."""
+    """This project's step, as `training.trainer` takes it. backend: torch.compile's, None: not compiled. text: default: `captions`."""
 
     cudnn_attention = False  # as in training
 
-    def __init__(self, size: Size, batch: int, device: torch.device, backend: str | None) -> None:
+    def __init__(self, size: Size, batch: int, device: torch.device, backend: str | None, text: Conditioning | None = None) -> None:
         self.device, self.batch = device, batch
         self.network: nn.Module = own_network(size, device)
         self.model: Any = torch.compile(self.network, backend=backend) if backend else self.network
         self._config = OptimizerConfig()
         self._optimizer, self._ema = build_optimizer(self.network, self._config), build_ema(self.network, EMAConfig())
-        self._loss, self._conditioning = EDMLoss(), captions(batch, device)
+        self._loss, self._conditioning = EDMLoss(), text or captions(batch, device)
         self._images, self._eps = (noise_images(size, batch, device, seed) for seed in (0, 1))
         self._sigma = torch.randn(batch, generator=torch.Generator().manual_seed(2)).mul(1.2).sub(1.2).exp().to(device)
         self._images_seen = 10**6

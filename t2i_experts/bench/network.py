@@ -63,11 +63,12 @@ def stage_of(size: Size) -> StageConfig:
 def own_network(size: Size, device: torch.device) -> EDMPrecond:
     """Float32, the same weights at every call; those that begin at zero are drawn, too, so that every branch of the network counts."""
     torch.manual_seed(0)
-    network = build_network(stage_of(size))
+    with device:
+        network = build_network(stage_of(size))
     for parameter in network.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.01)
-    return network.to(device)
+    return network
 
 
 def noise_images(size: Size, batch: int, device: torch.device, seed: int) -> torch.Tensor:
@@ -77,7 +78,7 @@ def noise_images(size: Size, batch: int, device: torch.device, seed: int) -> tor
     return images.to(device).contiguous(memory_format=torch.channels_last)
 
 
-def captions(batch: int, device: torch.device) -> Conditioning:
+def captions(batch: int, device: torch.device, encoders: Mapping[str, EncoderConfig] = ENCODERS) -> Conditioning:
     """What encoders might say of captions that fill half of their tokens."""
     generator = torch.Generator().manual_seed(0)
 
@@ -86,4 +87,4 @@ def captions(batch: int, device: torch.device) -> Conditioning:
         pooled = torch.randn(batch, encoder.pooled_width, generator=generator) if encoder.pooled_width else None
         return Embedding(torch.randn(batch, encoder.max_tokens, encoder.width, generator=generator), mask, pooled)
 
-    return Conditioning({name: embedding(encoder) for name, encoder in ENCODERS.items()}).map(lambda tensor: tensor.to(device))
+    return Conditioning({name: embedding(encoder) for name, encoder in encoders.items()}).map(lambda tensor: tensor.to(device))

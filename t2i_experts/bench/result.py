@@ -13,13 +13,13 @@ from t2i_experts.bench.timing import Timing
 class Row:
     """One candidate.
 
-    timing: of its calls. ratio: how many times as fast as the row that it is compared with, None for that row itself. floor: how many times
-    the physical floor it takes. share: of the matrix rate that was measured in this run. error: against an fp32 reference, relative
-    root-mean-square. more: other figures, by name.
+    timing: of its calls, None if there were none. ratio: how many times as fast as the row that it is compared with, None for that row
+    itself. floor: how many times the physical floor it takes. share: of the matrix rate that was measured in this run. error: against an
+    fp32 reference, relative root-mean-square. more: other figures, by name.
     """
 
     name: str
-    timing: Timing
+    timing: Timing | None
     ratio: float | None = None
     floor: float | None = None
     share: float | None = None
@@ -30,7 +30,8 @@ class Row:
         """As JSON: the columns that have a value."""
         columns = {"ratio": self.ratio, "floor": self.floor, "share": self.share, "error": self.error}
         found = {name: value for name, value in columns.items() if value is not None}
-        return {"name": self.name, "seconds": self.timing.median, "spread": self.timing.spread, **found, **self.more}
+        times = {"seconds": self.timing.median, "spread": self.timing.spread} if self.timing else {}
+        return {"name": self.name, **times, **found, **self.more}
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ def _cells(row: Row, more: Sequence[str]) -> list[str]:
 
     return [
         row.name,
-        duration(row.timing.median),
-        f"{row.timing.spread:.1%}" if len(row.timing.seconds) > 1 else "",
+        duration(row.timing.median) if row.timing else "",
+        f"{row.timing.spread:.1%}" if row.timing and len(row.timing.seconds) > 1 else "",
         shown(row.ratio, "{:.2f}x"),
         shown(row.floor, "{:.2f}x"),
         shown(row.share, "{:.1%}"),

@@ -55,7 +55,7 @@ def bench_resume(
         Row(name, Timing(tuple(seconds * position / replayed for seconds in timing.seconds)), more={"measured s": timing.median})
         for name, timing in replays.items()
     ]
-    rows.append(Row("own", own, ratio=rows[0].timing.median / own.median, more={"measured s": own.median}))
+    rows.append(Row("own", own, ratio=replays["replay"].median * position / replayed / own.median, more={"measured s": own.median}))
     settings = {"position": position, "replayed": replayed, "samples": samples, "size": size, "batch size": batch_size, "repeats": repeats}
     return Result("resume", describe(_CPU), settings, rows)
 

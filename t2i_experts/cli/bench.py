@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from t2i_experts.cli.options import Json, complete_model, group
+from t2i_experts.cli.options import Config, Json, Overrides, complete_model, group
 
 if TYPE_CHECKING:
     from t2i_experts.bench.result import Result
@@ -184,6 +185,87 @@ def sample(
     from t2i_experts.bench.sample import bench_sample
 
     tell(bench_sample(model, bench_device(device), steps=steps, batch=batch_size, compile=compile, repeats=repeats), as_json)
+
+
+@app.command()
+def quality(
+    config: Config,
+    overrides: Overrides = None,
+    minutes: Annotated[float, typer.Option(help="Of training steps, for each run; compiling, validation and saving come on top.")] = 4.0,
+    seeds: Annotated[int, typer.Option(help="Runs of each candidate.")] = 2,
+    rates: Annotated[
+        str | None,
+        typer.Option(
+            "--rates", metavar="RATE,RATE", help="Learning rates, of which the best counts; default: the config's.", show_default=False
+        ),
+    ] = None,
+    baseline_rates: Annotated[
+        str | None, typer.Option("--baseline-rates", metavar="RATE,RATE", help="The same for the baseline.", show_default=False)
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant",
+            metavar="NAME:KEY=VALUE,...",
+            help="This project's network with other values, as a candidate more; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Leave out the baseline.")] = False,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            "--devices",
+            metavar="0,1",
+            help="GPUs by number, a run on each at a time, or cpu; default: the best there is.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A folder that keeps the runs; default: they are removed.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Held-out loss after minutes of training on your shards, beside diffusers' U-Net of equal FLOPs in the same trainer."""
+    from t2i_experts.bench.quality import RunsFailed, Settings, bench_quality, failures, parse_rates, parse_variant
+    from t2i_experts.cli.config import check_parts
+    from t2i_experts.config import load_config
+
+    check_parts(load_config(config, overrides or []))
+    variants = dict(map(parse_variant, variant or []))
+    if len(variants) < len(variant or []):
+        raise ValueError(f"--variant={variant}: every one needs a name of its own")
+    settings = Settings(
+        config,
+        overrides or [],
+        minutes,
+        seeds,
+        parse_rates(rates, "--rates"),
+        parse_rates(baseline_rates, "--baseline-rates"),
+        variants,
+        not alone,
+        devices.split(",") if devices else [],
+        out,
+    )
+    result = bench_quality(settings, lambda line: typer.echo(line, err=True))
+    tell(result, as_json)
+    if failed := failures(result):
+        raise RunsFailed("; ".join(failed))
+
+
+@app.command()
+def growth(
+    network: Network = "100m",
+    plot: Annotated[Path, typer.Option("--plot", metavar="FILE.png", help="Where the charts go.")] = Path("growth.png"),
+    compile: Annotated[bool, typer.Option("--compile", help="Compile everything, which takes minutes for each shape.")] = False,
+    minutes: Annotated[float, typer.Option(help="What would begin later is left out; the cheapest comes first.")] = 4.0,
+    repeats: Repeats = 5,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Time and memory of an evaluation and of a training step, over parameters, resolution, batch and prompt length."""
+    from t2i_experts.bench.growth import bench_growth
+    from t2i_experts.bench.machine import bench_device
+
+    tell(bench_growth(network, bench_device(device), plot=plot, compiled=compile, minutes=minutes, repeats=repeats), as_json)
 
 
 def say_what_takes_long(eager: bool = False) -> None:

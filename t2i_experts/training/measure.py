@@ -104,12 +104,12 @@ def _peak(step: Callable[[], None], held: Callable[[], int], device: torch.devic
             synchronize(device)
             return torch.cuda.max_memory_allocated(device)
         case "cpu":
-            return held() + _most_allocated(step)
+            return held() + most_allocated(step)
         case _:
             return None
 
 
-def _most_allocated(work: Callable[[], None]) -> int:
+def most_allocated(work: Callable[[], None]) -> int:
     """The most bytes that the CPU's allocator gave out during `work` and had not got back; what was there before does not count."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its lines on stderr say nothing about this
     from torch.profiler import ProfilerActivity, profile

@@ -125,9 +125,63 @@ def test_loader(bench: Any, workers: str) -> None:
     assert set(rows) == {"files, Pillow", "shards", "shards, prepared"}
 
 
+def test_growth(bench: Any, tmp_path: Path) -> None:
+    rows = bench("growth", "--network", "tiny", "--minutes", "1e-9", "--plot", str(tmp_path / "charts.png"), "--device", "cpu")
+    assert {name.split()[0] for name in rows} == {"parameters", "resolution", "batch", "tokens"}
+    assert (tmp_path / "charts.png").exists()
+
+
+def test_quality(cli: CLI, monkeypatch: pytest.MonkeyPatch, write_config: Callable[[str], Path]) -> None:
+    """What is asked for arrives, and a run that fails is told beside those that do not; tests/bench trains."""
+    from t2i_experts.bench import quality
+    from t2i_experts.bench.result import Result, Row
+    from t2i_experts.bench.timing import Timing
+
+    asked: list[quality.Settings] = []
+
+    def bench_quality(settings: quality.Settings, tell: Callable[[str], object]) -> Result:
+        asked.append(settings)
+        tell("1 of 2")
+        rows = [Row("one, seed 0", Timing((3.0,))), Row("two, seed 0", None, more={"failed": "it diverged"})]
+        return Result("quality", {}, {}, rows if settings.seeds == 2 else rows[:1])
+
+    monkeypatch.setattr(quality, "bench_quality", bench_quality)
+    config = str(write_config("run"))
+    options = ["--minutes", "2", "--rates", "1e-3", "--baseline-rates", "1e-3,2e-3", "--devices", "0,1", "--out", "x"]
+    variants = ["--variant", "wide:stage.network.patch_size=2,training.batch_size=4", "--variant", "long:training.batch_size=16"]
+    code, out, err = cli("bench", "quality", config, "data.workers=1", *options, *variants, "--json")
+    assert code == 1 and "two, seed 0: it diverged" in err and "1 of 2" in err
+    assert [row.get("failed") for row in json.loads(out)["rows"]] == [None, "it diverged"]
+    more = {"wide": ("stage.network.patch_size=2", "training.batch_size=4"), "long": ("training.batch_size=16",)}
+    assert asked == [quality.Settings(config, ["data.workers=1"], 2.0, 2, (1e-3,), (1e-3, 2e-3), more, True, ["0", "1"], Path("x"))]
+    code, out, err = cli("bench", "quality", config, "--seeds", "1", "--alone")
+    assert code == 0 and "one, seed 0" in out and not asked[1].baseline
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--minutes", "0"], "--minutes=0"),
+        (["--rates", "fast"], "--rates='fast'"),
+        (["--variant", "wide"], "--variant='wide' must be NAME:key=value"),
+        (["--variant", "a:b=1", "--variant", "a:b=2"], "a name of its own"),
+        (["--devices", "gpu"], "--devices='gpu'"),
+        (["training.seed=3"], "training.seed=3' would be ignored"),
+        (["sampling.sampler=guess"], "sampling.sampler"),
+    ],
+)
+def test_wrong_settings_of_quality(cli: CLI, write_config: Callable[[str], Path], options: list[str], complaint: str) -> None:
+    code, _, err = cli("bench", "quality", str(write_config("run")), *options)
+    assert code == 2 and complaint in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
+        (["growth", "--network", "huge"], "--network='huge'"),
+        (["growth", "--minutes", "-1"], "--minutes=-1"),
+        (["growth", "--repeats", "0"], "--repeats=0"),
+        (["growth", "--plot", "growth.jpg"], "--plot='growth.jpg'"),
         (["train", "--network", "huge"], "--network='huge' must be one of 100m, tiny"),
         (["train", "--network", "tiny", "--batch", "0"], "--batch=0"),
         (["denoiser", "--network", "tiny", "--batch", "2", "--batch", "0"], r"--batch=\[2, 0\]"),
@@ -142,13 +196,14 @@ def test_loader(bench: Any, workers: str) -> None:
     ],
 )
 def test_wrong_settings(cli: CLI, arguments: list[str], complaint: str) -> None:
-    device = ["--device", "cpu"] if arguments[0] in ("train", "denoiser", "compile") else []
+    device = ["--device", "cpu"] if arguments[0] in ("train", "denoiser", "compile", "growth") else []
     code, _, err = cli("bench", *arguments, *device)
     assert code == 2 and re.search(complaint, err)
 
 
-def test_a_missing_baseline_tells_how_to_install_it(cli: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_baseline_tells_how_to_install_it(cli: CLI, monkeypatch: pytest.MonkeyPatch, write_config: Callable[[str], Path]) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    for command in ("train", "denoiser"):
-        code, _, err = cli("bench", command, "--network", "tiny", "--device", "cpu")
+    network = ["--network", "tiny", "--device", "cpu"]
+    for arguments in (["train", *network], ["denoiser", *network], ["quality", str(write_config("run"))]):
+        code, _, err = cli("bench", *arguments)
         assert code == 2 and "pip install 't2i-experts[bench]'" in err
