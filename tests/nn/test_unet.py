@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
+from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from t2i_experts.config import ResolutionSpec, load_config
 from t2i_experts.diffusion.precond import EDMPrecond
+from t2i_experts.nn import unet as unet_module
 from t2i_experts.nn.unet import UNet
 from t2i_experts.types import Conditioning, Embedding
 
@@ -138,6 +142,22 @@ def test_compiles_as_one_graph_under_autocast(patch_size: int) -> None:
     # With gradients once: their graph takes four times as long to trace, and patches only fold what goes in and comes out.
     with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(patch_size == 1):
         torch.testing.assert_close(compiled(x, sigma, conditioning), denoiser(x, sigma, conditioning), atol=2e-2, rtol=2e-2)
+
+
+def test_its_compiled_graph_can_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch keeps no graph with a context manager or an autograd function of ours in it, and traces for half a minute at every start."""
+    monkeypatch.setattr(unet_module, "fastest_kernels", lambda device: sdpa_kernel(SDPBackend.MATH))
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    denoiser = EDMPrecond(checkpointed(0))
+    denoiser.compile(backend=backend, fullgraph=True)
+    loss_and_gradients(denoiser)
+    (graph,) = graphs
+    check_cacheable(graph)
 
 
 def test_channels_in_and_out_are_the_callers() -> None:
