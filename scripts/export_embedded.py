@@ -26,7 +26,16 @@ def main() -> None:
     ((name, stage),) = model.stages.items()
     assert isinstance(stage.denoiser, EDMPrecond)
     weights = stage.denoiser.state_dict()
-    save_model(arguments.out, stage.config, stage.sampling, weights, model.conditioner, dtype=torch.bfloat16, provenance=model.provenance)
+    save_model(
+        arguments.out,
+        stage.config,
+        stage.sampling,
+        weights,
+        model.conditioner,
+        codec=stage.codec,
+        dtype=torch.bfloat16,
+        provenance=model.provenance,
+    )
     size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
     print(f"{arguments.out}: stage {name}, {size / 2**20:.2f} MiB of at most {MAX_BYTES / 2**20:.0f}")
     if size > MAX_BYTES:

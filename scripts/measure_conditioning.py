@@ -30,7 +30,8 @@ def main() -> None:
 
     pipeline = CascadePipeline.from_pretrained(arguments.model, device=arguments.device, dtype=torch.float32)
     stage = pipeline.base
-    task = DiffusionTask(stage.config, pipeline.model.conditioner, seed=0, device=pipeline.device, bf16=pipeline.device.type == "cuda")
+    bf16 = pipeline.device.type == "cuda"
+    task = DiffusionTask(stage.config, pipeline.model.conditioner, seed=0, device=pipeline.device, bf16=bf16, codec=stage.codec)
     reader = ShardReader([arguments.shards], size=stage.config.size, seed=0)
     texts = [name for name, encoder in pipeline.model.conditioner.encoders.items() if encoder.reads == "text"]
     others = set(stage.config.encoders) - set(texts)

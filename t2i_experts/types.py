@@ -179,7 +179,7 @@ class Conditioning:
 
 
 class Denoiser(Protocol):
-    """Estimates the clean image from a noisy one: the only thing that a sampler knows.
+    """Estimates the clean image from a noisy one: the only thing that a sampler knows. Where there is a codec, "image" means its latents.
 
     x: (B, C, H, W) = y + sigma * eps with y in [-1, 1]; sigma: 0-d tensor (float64 on the CPU when sampling) or (B,);
     conditioning: of B rows. Returns the denoised images, (B, C, H, W) float32.

@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import t2i_experts
+from t2i_experts.cascade.pipeline import CascadePipeline
+from t2i_experts.config import load_config
+from t2i_experts.registry import Registry
+from t2i_experts.training.trainer import train
 
 ROOT = Path(t2i_experts.__file__).parents[1]
 EXAMPLES = [Path(__file__).parent / "plugins" / name for name in ("t2i-example-sampling", "t2i-example-networks")]
@@ -58,6 +63,7 @@ def test_they_are_listed(t2i: Installed) -> None:
         ("sampler", "at_once"): "sampling",
         ("source", "colon"): "sampling",
         ("backbone", "mixer"): "networks",
+        ("codec", "pooled"): "networks",
         ("command", "mixer"): "networks",
     }
 
@@ -99,21 +105,23 @@ def test_shards_are_built_from_their_source(t2i: Installed, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_model_with_their_backbone_is_trained_and_drawn_with_their_sampler(
+def test_a_model_with_their_backbone_and_codec_is_trained_and_drawn_with_their_sampler(
     t2i: Installed, write_config: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """By two processes with loader workers, and from the model folder alone: it names the backbone and its options."""
+    """By two processes with loader workers, and from the model folder alone: it names the backbone with its options, and the codec."""
     config = write_config("run")
     text = config.read_text()
     network = re.compile(r"  network: .*?(?=  encoders:)", re.S)
     config.write_text(network.sub("  network: {backbone: mixer, options: {channels: 6}}\n", text))
     few = ("training.images=16", "training.preview.every_images=16", "training.preview.prompts=[a]", "training.validation.every_images=16")
     two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "t2i_experts")
-    t2i("train", config, *few, "data.workers=1", "sampling.sampler=at_once", "--quiet", python=two)
+    codec = ("stage.codec.kind=pooled", "stage.codec.factor=2")
+    t2i("train", config, *few, *codec, "data.workers=1", "sampling.sampler=at_once", "--quiet", python=two)
     model = tmp_path / "run" / "model"
     stage = json.loads((model / "base64" / "config.json").read_text())
     assert stage["_class_name"] == "mixer"
     assert stage["network"]["options"] == {"channels": 6}
+    assert (stage["codec"]["kind"], stage["codec"]["factor"]) == ("pooled", 2)
     drawn = t2i("generate", "a red cube", "--model", model, "--device", "cpu", "--out", tmp_path / "cube.png", "--json")
     assert json.loads(drawn.stdout)["sampling"]["sampler"] == "at_once"
     assert Image.open(tmp_path / "cube.png").size == (16, 16)
@@ -158,3 +166,23 @@ def test_the_page_tells_the_truth(model_folder: Path, tmp_path: Path) -> None:
     assert levels[-2:] == [0.002, 0]
     assert lines[start + 5 :] == ["apple.png"]
     assert Image.open(tmp_path / "apple.png").size == (16, 16)
+
+
+def test_the_codec_of_the_page_trains_and_draws(
+    write_config: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "t2i_experts" / "PLUGINS.md").read_text(encoding="utf-8")
+    (block,) = (text for text in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "class FoldCodec" in text)
+    (settings,) = (text for text in re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S) if "fold" in text)
+    registry, names = Registry(plugins=()), dict[str, Any]()
+    exec(block, names)
+    names["register"](registry)
+    monkeypatch.setattr("t2i_experts.cascade.codec.registry", registry)
+    config = write_config("run")
+    config.write_text(config.read_text().replace("stage:\n", settings))
+    model = train(load_config(config, ["training.images=16", "training.preview.every_images=16"]), progress=False)
+    pipeline = CascadePipeline.from_pretrained(model, device="cpu")
+    assert pipeline("a red cube").shape == (1, 3, 16, 16) and pipeline.base.noise_shape == (12, 8, 8)
+    images = torch.rand(2, 3, 16, 16)
+    codec = pipeline.base.codec
+    assert torch.equal(codec.decode(codec.encode(images)), images)

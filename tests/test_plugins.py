@@ -126,7 +126,10 @@ REGISTER = "def register(registry):\n    registry.add('sampler', 'half', print)\
         (REGISTER + "registry.add('sampler', 'a_good_sampler', print)", "ValueError: the sampler 'a_good_sampler' exists already"),
         (REGISTER + "registry.add('sampler', 'half', print)", "ValueError: the sampler 'half' exists already"),
         (REGISTER + "registry.add('command', 'generate', 'middle:register')", "ValueError: the command 'generate' exists already"),
-        (REGISTER + "registry.add('router', 'x', print)", "ValueError: unknown kind of part 'router'; allowed: backbone, command, encoder"),
+        (
+            REGISTER + "registry.add('router', 'x', print)",
+            "ValueError: unknown kind of part 'router'; allowed: backbone, codec, command",
+        ),
         (REGISTER + "registry.add('sampler', 'x', 'middle.x')", "must be of the form module:attribute"),
         (
             REGISTER + "import t2i_experts.registry as r; r.registry.add('sampler', 'behind_its_back', print)",

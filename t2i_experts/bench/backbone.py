@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from t2i_experts.bench.baseline import diffusers_library
 from t2i_experts.bench.floor import flops
-from t2i_experts.cascade.stage import IMAGE_CHANNELS, build_network
+from t2i_experts.cascade.codec import latent_shape
+from t2i_experts.cascade.stage import build_network
 from t2i_experts.config import NetworkConfig, StageConfig, from_plain, to_plain
 from t2i_experts.config.schema import ResolutionSpec
 from t2i_experts.diffusion.precond import EDMPrecond
@@ -234,4 +235,4 @@ def _flops(stage: StageConfig, make: Callable[[], nn.Module]) -> int:
 
 def _shape(stage: StageConfig) -> tuple[int, int, int]:
     """(C, H, W) of what a stage's network takes and gives."""
-    return (IMAGE_CHANNELS, stage.size, stage.size)
+    return latent_shape(stage, (stage.size, stage.size))

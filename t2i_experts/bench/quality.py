@@ -50,7 +50,7 @@ SET_HERE = (
     "training.validation.every_images",
 )
 """Keys, with all below them, that the benchmark decides."""
-MEASURE = ("stage.size", "stage.noise", "data.validation", "training.validation")
+MEASURE = ("stage.size", "stage.codec", "stage.noise", "data.validation", "training.validation")
 """Keys, with all below them, on which the meaning of a held-out loss depends."""
 
 

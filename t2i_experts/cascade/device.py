@@ -12,6 +12,14 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What a network computes in there unless the user says otherwise: bfloat16 on CUDA and on CPUs that multiply in it, or float32."""
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        return torch.bfloat16 if found.get("avx512_bf16") or found.get("amx_bf16") else torch.float32
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def open_device(device: torch.device | str, received: str) -> torch.device:
     """The device of that name. Raises ValueError, which begins with what was `received`, for one that this machine lacks."""
     try:

@@ -4,6 +4,7 @@ model_index.json                    version, stages, sampling defaults, provenan
 base64/config.json                  the stage: network, noise, encoders' widths
 base64/diffusion_pytorch_model.safetensors
 t5/ clip/                           the encoders, which config.json names ./t5 and ./clip; public weights it names as the hub does
+vae/                                the codec in the same way, ./vae, if there is one that has files
 """
 
 from __future__ import annotations
@@ -26,9 +27,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from t2i_experts import __version__
+from t2i_experts.cascade.codec import PIXEL, Codec, fits, load_codec
 from t2i_experts.cascade.stage import Stage, build_network
 from t2i_experts.conditioning.conditioner import TextConditioner
-from t2i_experts.config import SamplingConfig, StageConfig, check_sampling, check_stage, check_stage_name, from_plain, to_plain
+from t2i_experts.conditioning.frozen import copy_file
+from t2i_experts.config import (
+    CodecConfig,
+    SamplingConfig,
+    StageConfig,
+    check_sampling,
+    check_stage,
+    check_stage_name,
+    check_threshold,
+    from_plain,
+    to_plain,
+)
+from t2i_experts.config.rules import CODEC_FOLDER
 from t2i_experts.diffusion.precond import EDMPrecond
 
 INDEX = "model_index.json"
@@ -89,27 +103,31 @@ def save_model(
     weights: Mapping[str, Tensor],
     conditioner: TextConditioner,
     *,
+    codec: Codec = PIXEL,
     dtype: torch.dtype | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a model folder of one stage, and puts it in the place of `folder` once all of it is on the disk.
 
-    One writer at a time: what an earlier one that was killed left beside `folder` is removed. Encoders' files that are the same as in the
-    folder that is replaced are linked and not copied.
+    One writer at a time: what an earlier one that was killed left beside `folder` is removed. Files of encoders and of the codec that are
+    the same as in the folder that is replaced are linked and not copied.
 
-    weights: the state of the stage's `EDMPrecond`; floating-point tensors are cast to `dtype` if one is given.
+    weights: the state of the stage's `EDMPrecond`; floating-point tensors are cast to `dtype` if one is given. codec: the stage's.
     provenance: free facts about the training, kept in model_index.json.
     """
+    assert fits(codec, stage), "a model needs the codec of its stage: load_codec(stage)"
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     _remove(_leftovers(folder, "tmp"))
     stage_folder = temporary / stage.name
     stage_folder.mkdir(parents=True)
-    encoders = conditioner.save(temporary, earlier=folder)
+    stage = replace(
+        stage, encoders=conditioner.save(temporary, earlier=folder), codec=_save_codec(stage.codec, codec, temporary, earlier=folder)
+    )
     tensors = {name: (t.to(dtype) if dtype and t.is_floating_point() else t).detach().cpu().contiguous() for name, t in weights.items()}
     save_file(tensors, stage_folder / WEIGHTS, metadata={"format": "pt"})  # one entry: several are written in any order
     _write_json(
         stage_folder / "config.json",
-        {"_class_name": _CLASSES.get(stage.network.backbone, stage.network.backbone), **to_plain(replace(stage, encoders=encoders))},
+        {"_class_name": _CLASSES.get(stage.network.backbone, stage.network.backbone), **to_plain(stage)},
     )
     _write_json(
         temporary / INDEX,
@@ -132,6 +150,16 @@ def save_model(
     _remove(_leftovers(folder, "old"))
 
 
+def _save_codec(config: CodecConfig, codec: Codec, folder: Path, earlier: Path) -> CodecConfig:
+    """Copies the codec's files, if it has any, and returns the config to store, which then names the copies."""
+    if not codec.files:
+        return config
+    (folder / CODEC_FOLDER).mkdir()
+    for file in codec.files:
+        copy_file(file, folder / CODEC_FOLDER / file.name, earlier / CODEC_FOLDER / file.name)
+    return replace(config, model=f"./{CODEC_FOLDER}")
+
+
 def flush(path: Path) -> None:
     """Waits until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -151,7 +179,7 @@ def _remove(folders: Iterable[Path]) -> None:
 
 
 def load_model(model: str | Path | None, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Reads a model folder (see `find_model`) onto `device`, its networks in `dtype`; the encoders keep the dtype of their config.
+    """Reads a model folder (see `find_model`) onto `device`, its networks in `dtype`; encoders and codec keep the dtype of their config.
 
     Raises ValueError naming the file and the field for a folder that is not whole.
     """
@@ -159,9 +187,10 @@ def load_model(model: str | Path | None, *, device: torch.device | str = "cpu", 
     config, sampling = read_configs(folder)
     path = folder / config.name / WEIGHTS
     weights = _read_weights(path)
-    stage = Stage(config, _denoiser(config, weights, path, device, dtype), sampling)
+    denoiser = _denoiser(config, weights, path, device, dtype)
     fingerprint = _digest(weights)[:16]
     del weights  # mapped into memory: nothing must read them once the file may have been written over
+    stage = Stage(config, denoiser, sampling, load_codec(config, root=folder, device=device))
     conditioner = TextConditioner.from_config(config.encoders, root=folder, device=device)
     provenance = _read_json(folder / INDEX).get("provenance") or {}
     if not isinstance(provenance, dict):
@@ -191,6 +220,7 @@ def read_configs(folder: Path) -> tuple[StageConfig, SamplingConfig]:
     with _naming(folder / INDEX):
         sampling: SamplingConfig = from_plain(SamplingConfig, samplings[name])
         check_sampling(sampling, prefix=f"sampling.{name}.")
+        check_threshold(sampling.threshold, config.codec, prefix=f"sampling.{name}.")
     return config, sampling
 
 

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from t2i_experts.cascade.device import default_device, open_device
+from t2i_experts.cascade.codec import latent_shape
+from t2i_experts.cascade.device import default_device, default_dtype, open_device
 from t2i_experts.cascade.graphs import GraphedDenoiser
 from t2i_experts.cascade.model_folder import LoadedModel, load_model
 from t2i_experts.cascade.picture import to_uint8
-from t2i_experts.cascade.stage import IMAGE_CHANNELS, Progress, Stage, check_shape
+from t2i_experts.cascade.stage import Progress, Stage, check_shape
 from t2i_experts.config import SamplingConfig
 from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.shards.order import position_rng
@@ -54,13 +55,13 @@ class CascadePipeline:
     ) -> CascadePipeline:
         """Loads a model folder or hub id; None is the model embedded in this package, which needs no network.
 
-        device: None takes the best there is. dtype: of the networks; None is bfloat16 on CUDA and float32 elsewhere. compile: with
+        device: None takes the best there is. dtype: of the networks; None is `default_dtype`. compile: with
         torch.compile, at the first evaluation of each batch size and shape, which takes a minute. Compiled or not, on CUDA an evaluation
         is recorded at its first time and then replayed (`GraphedDenoiser`).
         Raises ValueError for a model that cannot be found or is not whole, and for a device that this machine lacks.
         """
         device = default_device() if device is None else open_device(device, f"device={str(device)!r}")
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = dtype or default_dtype(device)
         loaded = load_model(model, device=device, dtype=dtype)
         if compile:
             for stage in loaded.stages.values():
@@ -115,7 +116,8 @@ class CascadePipeline:
         stage = self.base
         width, height = shape or stage.shapes[0]
         check_shape(stage.config, (width, height), f"shape={width}x{height}")
-        noise = torch.stack([start_noise(seed, index, (IMAGE_CHANNELS, height, width)) for index in indices]).to(self.device)
+        starts = latent_shape(stage.config, (width, height))
+        noise = torch.stack([start_noise(seed, index, starts) for index in indices]).to(self.device)
         images = None if style is None else style.to(self.device).expand(len(prompts), -1, -1, -1)
         conditioning = self.model.conditioner(prompts, images)
         images = stage.sample(noise, conditioning, self._null(negative), sampling or stage.sampling, progress)

@@ -1,4 +1,4 @@
-"""One stage of the cascade: a denoiser with the noise, the null conditioning and the sampling settings that belong to it."""
+"""One stage of the cascade: a denoiser with the codec, the noise and the sampling settings that belong to it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from t2i_experts.config import SamplingConfig, StageConfig
+from t2i_experts.cascade.codec import PIXEL, Codec, fits, latent_shape
+from t2i_experts.config import SamplingConfig, StageConfig, check_threshold
 from t2i_experts.diffusion.guidance import ClassifierFreeGuidance
 from t2i_experts.diffusion.precond import EDMPrecond, Network
 from t2i_experts.diffusion.samplers import karras_sigmas
@@ -20,7 +21,7 @@ from t2i_experts.types import Conditioning, Denoiser
 
 IMAGE_CHANNELS = 3
 Progress = Callable[[int, int, Tensor], None]
-"""Called after each step with (steps done, steps in all, the denoised images of that step)."""
+"""Called after each step with (steps done, steps in all, the denoised images of that step, or latents of a stage that has such)."""
 
 
 def build_network(config: StageConfig, *, checkpointed_resolutions: int = 0) -> EDMPrecond:
@@ -32,7 +33,8 @@ def build_network(config: StageConfig, *, checkpointed_resolutions: int = 0) -> 
     """
     backbone = config.network.backbone
     more = {"checkpointed_resolutions": checkpointed_resolutions} if checkpointed_resolutions else {}
-    network: Any = registry.get("backbone", backbone)(config, in_channels=IMAGE_CHANNELS, out_channels=IMAGE_CHANNELS, **more)
+    channels = config.codec.channels
+    network: Any = registry.get("backbone", backbone)(config, in_channels=channels, out_channels=channels, **more)
     if not isinstance(network, nn.Module) or not callable(getattr(network, "project", None)):
         raise TypeError(f"the backbone {backbone!r} gave {type(network).__name__}; it must give a torch.nn.Module with a method project")
     unsaved = {name for name, _ in network.named_buffers()} - set(network.state_dict())
@@ -75,17 +77,21 @@ def check_shape(config: StageConfig, shape: tuple[int, int], received: str) -> N
 class Stage:
     """A denoiser that makes pictures of one size, or of the shapes of its buckets.
 
-    config: what it was trained as. denoiser: its weights. sampling: its default settings.
+    config: what it was trained as. denoiser: its weights. sampling: its default settings. codec: that of the config, loaded.
     """
 
     config: StageConfig
     denoiser: Denoiser
     sampling: SamplingConfig
+    codec: Codec = PIXEL
+
+    def __post_init__(self) -> None:
+        assert fits(self.codec, self.config), "a stage needs the codec of its config: load_codec(config)"
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the noise that sampling a square picture starts from."""
-        return (IMAGE_CHANNELS, self.config.size, self.config.size)
+        return latent_shape(self.config, self.shapes[0])
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -98,9 +104,10 @@ class Stage:
     ) -> Tensor:
         """Solves the probability-flow ODE from sigma_max to 0.
 
-        noise: (B, C, H, W) unit Gaussian, on the device to compute on. conditioning: B rows. null: one row, for guidance.
-        Returns (B, C, H, W) float32, clamped to [-1, 1]. Raises ValueError for settings that are out of range.
+        noise: (B, C, H, W) unit Gaussian, on the device to compute on, of the shape of `latent_shape`. conditioning: B rows. null: one row,
+        for guidance. Returns pictures, (B, 3, H, W) float32, clamped to [-1, 1]. Raises ValueError for settings that are out of range.
         """
+        check_threshold(sampling.threshold, self.config.codec)
         sigmas = karras_sigmas(sampling.steps, sampling.sigma_min, sampling.sigma_max, sampling.rho)
         sampler = registry.get("sampler", sampling.sampler)
         guided = ClassifierFreeGuidance(self.denoiser, null, sampling.guidance, sampling.guidance_interval)
@@ -112,4 +119,4 @@ class Stage:
                 progress(step + 1, sampling.steps, denoised)
 
         x = noise.float().contiguous(memory_format=torch.channels_last) * float(sigmas[0])
-        return sampler(denoiser, x, sigmas, prepared, callback=callback).clamp(-1, 1)
+        return self.codec.decode(sampler(denoiser, x, sigmas, prepared, callback=callback)).clamp(-1, 1)

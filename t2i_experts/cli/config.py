@@ -52,6 +52,7 @@ def check_parts(config: RunConfig) -> None:
 
     kinds = {f"stage.encoders.{name}.kind": ("encoder", encoder.kind) for name, encoder in config.stage.encoders.items()}
     kinds |= {
+        "stage.codec.kind": ("codec", config.stage.codec.kind),
         "stage.network.backbone": ("backbone", config.stage.network.backbone),
         "sampling.sampler": ("sampler", config.sampling.sampler),
     }

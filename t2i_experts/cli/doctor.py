@@ -78,7 +78,11 @@ def _examine(
     refuse_missing_trackers(config.training.trackers)
     micro_batch(config.training, processes)
     missing = preflight.missing_encoders(config)
-    sections: dict[str, Sequence[Finding]] = {"encoders": preflight.encoders(config), "shards": preflight.shards(config)}
+    sections: dict[str, Sequence[Finding]] = {"encoders": preflight.encoders(config)}
+    codec = preflight.codec(config)
+    if codec:
+        sections["codec"] = codec
+    sections["shards"] = preflight.shards(config)
     if config.training.compile:
         print("tracing the network as the compiler would, for its memory: up to a minute", file=sys.stderr)
     device = training_device(config)
@@ -86,8 +90,10 @@ def _examine(
     sampling = estimate_sampling(config.stage, pictures, torch.bfloat16 if device.type == "cuda" else torch.float32)
     sections |= {"disk": preflight.disk(config, memory), "memory": preflight.memory_rows(config, memory, sampling)}
     measured = None
-    if measure and missing:
-        problem = f"--measure: get the encoders {', '.join(missing)} first"
+    lacking = [f"the encoders {', '.join(missing)}"] if missing else []
+    lacking += ["the codec"] if any(row.problem for row in codec) else []
+    if measure and lacking:
+        problem = f"--measure: get {' and '.join(lacking)} first"
         sections["measured"] = [Finding("training", "not measured", problem=problem)]
     elif measure:
         try:

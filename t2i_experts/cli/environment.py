@@ -18,6 +18,7 @@ from t2i_experts.cli.findings import Finding, size
 DISTRIBUTION = "t2i-experts"
 EXTRAS = {
     "art": "draws the emoji that the embedded model is trained on",
+    "bench": "the baselines of bench, and stage.codec.kind=autoencoder_kl",
     "parquet": "shards build from Parquet tables",
     "track": "training.trackers",
 }

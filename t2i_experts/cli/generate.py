@@ -46,7 +46,7 @@ def generate(
     threshold: Annotated[float | None, typer.Option(help="Percentile of dynamic thresholding, such as 0.995; 0 is none.")] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures that are computed together.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: bfloat16 on CUDA.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: bfloat16 where the device computes in it.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the network first: a minute that pays for many pictures.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -216,7 +216,10 @@ def picture_shape(model: str | None, size: int | None, width: int | None, height
 
 
 def refuse_what_would_be_ignored(pipeline: CascadePipeline, settings: SamplingConfig, negative: str, style: Path | None) -> None:
-    """Raises ValueError for an option that would not change the picture."""
+    """Raises ValueError for an option that would not change the picture, or cannot."""
+    from t2i_experts.config import check_threshold
+
+    check_threshold(settings.threshold, pipeline.base.config.codec, "--")
     if negative.strip() and settings.guidance == 1:
         raise ValueError(f"--negative={negative!r} has no effect with guidance 1; give --guidance another value, such as 4")
     if style is not None and all(encoder.reads != "image" for encoder in pipeline.model.conditioner.encoders.values()):
@@ -257,7 +260,8 @@ def _settings(pipeline: CascadePipeline, settings: SamplingConfig) -> dict[str, 
     from t2i_experts import __version__
     from t2i_experts.config import to_plain
 
-    model = {"source": pipeline.model.source, "fingerprint": pipeline.model.fingerprint}
+    codec = pipeline.base.config.codec
+    model = {"source": pipeline.model.source, "fingerprint": pipeline.model.fingerprint, "codec": codec.kind}
     computed = {"dtype": str(pipeline.dtype).removeprefix("torch."), "device": pipeline.device.type}
     return {"sampling": to_plain(settings), "model": model, **computed, "t2i_experts": __version__}
 

@@ -1,4 +1,4 @@
-"""Whether a config can be trained here: its encoders, shards, disk, memory and speed. Nothing is downloaded or left behind."""
+"""Whether a config can be trained here: its encoders, codec, shards, disk, memory and speed. Nothing is downloaded or left behind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from t2i_experts.cli.findings import Finding, size
 
 if TYPE_CHECKING:
     from t2i_experts.conditioning.presence import Presence
-    from t2i_experts.config import EncoderConfig, RunConfig
+    from t2i_experts.config import RunConfig
     from t2i_experts.training.measure import MeasuredStep
     from t2i_experts.training.memory import SamplingMemory, TrainingMemory
 
@@ -40,18 +40,38 @@ def encoders(config: RunConfig) -> list[Finding]:
     for name, presence in found.items():
         names = wanting[presence.remedy]
         problem = f"{', '.join(names)}: {presence.remedy}" if presence.remedy and name == names[0] else ""  # once for both towers of a CLIP
-        rows.append(_encoder(name, config.stage.encoders[name], presence, problem))
+        encoder = config.stage.encoders[name]
+        model = f"{encoder.model} ({encoder.pretrained})" if encoder.pretrained else encoder.model
+        rows.append(_where(name, encoder.kind, model, presence, problem))
     return rows
 
 
-def _encoder(name: str, config: EncoderConfig, found: Presence, problem: str) -> Finding:
-    model = f"{config.model} ({config.pretrained})" if config.pretrained else config.model
+def codec(config: RunConfig) -> list[Finding]:
+    """Where the codec is, or how to get it; nothing if pictures are denoised as they are. Raises ValueError for an unknown kind."""
+    chosen, found = config.stage.codec, _find_codec(config)
+    if not chosen.latents:
+        return []
+    return [_where("codec", chosen.kind, chosen.model, found, f"codec: {found.remedy}" if found.remedy else "")]
+
+
+def _where(name: str, kind: str, model: str | None, found: Presence, problem: str) -> Finding:
+    what = f"{kind} {model}" if model else kind
     if not found.known:
-        return Finding(name, f"{config.kind} {model}: a plugin's, which only it can find", {"model": model, "found": None})
+        return Finding(name, f"{what}: a plugin's, which only it can find", {"model": model, "found": None})
     value = {"model": model, "found": str(found.place) if found.place else None, "bytes": found.bytes, "remedy": found.remedy}
     if found.place is None:
-        return Finding(name, f"{config.kind} {model}: not here", value, problem)
-    return Finding(name, f"{config.kind} {model}: {size(found.bytes)} in {found.place}", value)
+        return Finding(name, f"{what}: not here", value, problem)
+    return Finding(name, f"{what}: {size(found.bytes)} in {found.place}", value)
+
+
+def _find_codec(config: RunConfig) -> Presence:
+    """Where its files are, if it can tell. Raises ValueError for an unknown kind."""
+    from t2i_experts.conditioning.presence import Presence
+    from t2i_experts.registry import registry
+
+    find = getattr(registry.get("codec", config.stage.codec.kind), "find", None)
+    found: Presence = find(config.stage.codec) if find else Presence(known=False)
+    return found
 
 
 def shards(config: RunConfig) -> list[Finding]:
@@ -83,7 +103,8 @@ def disk(config: RunConfig, memory: TrainingMemory) -> list[Finding]:
     training, output = config.training, Path(config.output)
     checkpoint = memory.weights + memory.averages + memory.optimizer
     kept = training.keep_checkpoints + 1 + bool(training.validation.every_images)  # one that is being written, and the best
-    copied = {found.place: found.bytes for found in map(find_encoder, config.stage.encoders.values()) if found.local}
+    parts = [*map(find_encoder, config.stage.encoders.values()), _find_codec(config)]
+    copied = {found.place: found.bytes for found in parts if found.local}
     models = (1 + bool(training.validation.every_images)) * (memory.weights + sum(copied.values()))
     every = training.ema.snapshot_every_images
     snapshots = training.images // every * memory.averages if every else 0
@@ -111,6 +132,9 @@ def memory_rows(config: RunConfig, memory: TrainingMemory, sampling: SamplingMem
         *(Finding(name, size(getattr(memory, name)), getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "averages")),
         Finding("encoders", _encoder_sizes(memory), dict(memory.encoders), note=_unknown(memory)),
     ]
+    if config.stage.codec.latents:
+        unknown = "the codec is not in the estimates: what it is is not known here" if memory.codec is None else ""
+        rows.append(Finding("codec", "unknown" if memory.codec is None else size(memory.codec), memory.codec, note=unknown))
     activations, note = size(memory.activations), ""
     if memory.compiled:
         activations += f" compiled ({size(memory.uncompiled)} if it were not)"

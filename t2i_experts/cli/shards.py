@@ -288,16 +288,17 @@ def stats(
 ) -> None:
     """Show sizes of pictures, lengths of captions, and sigma_data, the standard deviation of the pixels that training supposes.
 
-    The pixels are those of the centre squares, in [-1, 1]. With --config, how many captions each text encoder would cut off.
+    The pixels are those of the centre squares, in [-1, 1]; they say nothing about latents, which a codec scales to sigma_data. With
+    --config, how many captions each text encoder would cut off.
     """
     if size is not None and size < 1:
         raise ValueError(f"--size={size} must be at least 1")
-    configured, tokenizers = 0.5, None
+    configured, tokenizers, latents = 0.5, None, False
     if config is not None:
         from t2i_experts.config import load_config
 
         stage = load_config(config).stage
-        size, configured = stage.size if size is None else size, stage.noise.sigma_data
+        size, configured, latents = stage.size if size is None else size, stage.noise.sigma_data, stage.codec.latents
 
         from t2i_experts.conditioning.conditioner import PromptTokenizer
 
@@ -316,7 +317,8 @@ def stats(
         )
     if as_json:
         document = {"folder": str(folder), **asdict(found), "configured_sigma_data": configured}
-        typer.echo(json.dumps({**document, "sigma_data_fits": found.misfit(configured) <= TOLERANCE}, ensure_ascii=False))
+        fits = None if latents else found.misfit(configured) <= TOLERANCE
+        typer.echo(json.dumps({**document, "sigma_data_fits": fits}, ensure_ascii=False))
         return
     typer.echo(f"{folder}: {found.samples:,} samples" + (f", of which {found.drawn:,} drawn" if found.drawn < found.samples else ""))
     typer.echo("\n".join(_quantile_table(found)))
@@ -327,7 +329,9 @@ def stats(
         typer.echo(f"{_share(found.enlarged, found.drawn)} pictures are smaller than {found.size} pixels and get enlarged")
     for name, tokens in found.tokens.items():
         typer.echo(f"{name}: {_share(tokens.truncated, tokens.tokens.count)} captions are cut off at max_tokens={tokens.max_tokens}")
-    if found.misfit(configured) > TOLERANCE:
+    if latents:
+        typer.echo("note: the config's codec scales its latents to sigma_data; that of the pixels says nothing about them", err=True)
+    elif found.misfit(configured) > TOLERANCE:
         typer.echo(
             f"warning: sigma_data={configured:g} is {found.misfit(configured):.0%} off; "
             f"train with stage.noise.sigma_data={found.sigma_data:.2f}",

@@ -1,4 +1,4 @@
-"""What all frozen encoders share: where their files lie, how they are frozen, and a fingerprint of their weights."""
+"""What all frozen encoders, and codecs, share: where their files lie, how they are frozen, and a fingerprint of their weights."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def local_folder(model: str, root: Path | None) -> Path | None:
+def local_folder(model: str, root: Path | None, what: str = "encoder") -> Path | None:
     """The folder that an `EncoderConfig.model` names, or None if it names something public (a hub id, an architecture).
 
     `embedded:NAME` ships with this package; `./NAME` lies in `root`, a model folder, if one is given; any other name is tried as a folder
     relative to `root`, then to the working directory. Raises ValueError for an embedded name that does not exist, and for what can only
-    be a path but is no folder.
+    be a path but is no folder. what: whose model it is, in messages.
     """
     if model.startswith(EMBEDDED):
         shelf = Path(str(resources.files("t2i_experts"))) / "pretrained"
         folders = {path.name: path for path in shelf.iterdir() if path.is_dir()} if shelf.is_dir() else {}
         name = model.removeprefix(EMBEDDED)
         if name not in folders:
-            raise ValueError(f"encoder model {model!r} does not ship with this package; allowed: {', '.join(sorted(folders)) or 'none'}")
+            raise ValueError(f"{what} model {model!r} does not ship with this package; allowed: {', '.join(sorted(folders)) or 'none'}")
         return folders[name]
     if root is not None and model.startswith("./"):
         if not (root / model).is_dir():
-            raise ValueError(f"encoder model {model!r}: the model folder {root} is not whole, it lacks {Path(model)}")
+            raise ValueError(f"{what} model {model!r}: the model folder {root} is not whole, it lacks {Path(model)}")
         return (root / model).resolve()
     path = Path(model).expanduser()
     for folder in (path,) if root is None else (root / path, path):
         if folder.is_dir():
             return folder.resolve()
     if path.is_absolute() or model.startswith((".", "~")):
-        raise ValueError(f"encoder model {model!r} is not a folder")
+        raise ValueError(f"{what} model {model!r} is not a folder")
     return None
 
 
@@ -64,10 +64,10 @@ def copy_file(source: Path, target: Path, earlier: Path | None = None) -> None:
     shutil.copy2(source, target)
 
 
-def dtype_named(name: str, model: str) -> torch.dtype:
-    """float32 or bfloat16. Raises ValueError for anything else: in float16 the residual stream of T5 overflows to NaN."""
+def dtype_named(name: str, model: str, what: str = "encoder") -> torch.dtype:
+    """float32 or bfloat16. Raises ValueError for anything else: in float16 the residual stream of T5, and SDXL's VAE, overflow to NaN."""
     if name not in DTYPES:
-        raise ValueError(f"encoder model {model!r}: dtype {name!r} is not one of {', '.join(DTYPES)}; float16 overflows in T5")
+        raise ValueError(f"{what} model {model!r}: dtype {name!r} is not one of {', '.join(DTYPES)}; float16 overflows")
     return DTYPES[name]
 
 

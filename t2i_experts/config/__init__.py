@@ -6,8 +6,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from t2i_experts.config.origins import Setting
-from t2i_experts.config.rules import check_sampling, check_stage, check_stage_name, is_url
+from t2i_experts.config.rules import check_sampling, check_stage, check_stage_name, check_threshold, is_url
 from t2i_experts.config.schema import (
+    CodecConfig,
     DataConfig,
     EMAConfig,
     EncoderConfig,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "CodecConfig",
     "DataConfig",
     "EMAConfig",
     "EncoderConfig",
@@ -57,6 +59,7 @@ __all__ = [
     "check_sampling",
     "check_stage",
     "check_stage_name",
+    "check_threshold",
     "differences",
     "from_plain",
     "is_url",

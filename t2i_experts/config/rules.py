@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 
-from t2i_experts.config.schema import EMAConfig, NetworkConfig, RunConfig, SamplingConfig, StageConfig, TrainingConfig
+from t2i_experts.config.schema import CodecConfig, EMAConfig, NetworkConfig, RunConfig, SamplingConfig, StageConfig, TrainingConfig
 
 
 def check_sampling(sampling: SamplingConfig, prefix: str = "sampling.") -> None:
@@ -106,6 +106,7 @@ def check_stage(stage: StageConfig, prefix: str = "stage.") -> None:
     check_stage_name(stage.name, f"{prefix}name")
     _check_numbers(stage, prefix, _STAGE)
     _check_buckets(stage, prefix)
+    _check_codec(stage, prefix)
     if stage.network.backbone == "unet":
         _check_unet(stage, prefix)
     else:
@@ -140,6 +141,40 @@ def _check_buckets(stage: StageConfig, prefix: str) -> None:
         raise ValueError(f"{prefix}buckets={stage.buckets} must hold the square {square}: validation, previews and `generate` use it")
 
 
+CODEC_FOLDER = "vae"
+"""Of a model folder, in which a codec's files are; diffusers' name for it."""
+
+
+def _check_codec(stage: StageConfig, prefix: str) -> None:
+    codec, where = stage.codec, f"{prefix}codec."
+    if not codec.latents:
+        for field in fields(codec):
+            value = getattr(codec, field.name)
+            if value != getattr(CodecConfig(), field.name):
+                raise ValueError(f"{where}{field.name}={value!r} would be ignored: {where}kind=pixel denoises pictures as they are")
+        return
+    _check_numbers(codec, where, {"must be positive and finite": ("channels", "factor")})
+    if codec.kind == "autoencoder_kl" and not codec.model:
+        raise ValueError(f"{where}model={codec.model!r}: missing mandatory value of kind autoencoder_kl; name a folder or hub id")
+    for width, height in ((stage.size, stage.size), *stage.buckets):
+        if width % codec.factor or height % codec.factor:
+            raise ValueError(f"{where}factor={codec.factor} must divide the sides of all pictures; received {width} x {height} px")
+    folders = {"name": stage.name}  # of a model folder, by the key that they are called after
+    for name, encoder in stage.encoders.items():
+        folders |= {f"encoders.{name}": name, f"encoders.{name}.kind": encoder.kind.removesuffix("_text").removesuffix("_image")}
+    for key, folder in folders.items():
+        if folder == CODEC_FOLDER:
+            raise ValueError(f"{prefix}{key} would take the folder {CODEC_FOLDER!r} of a model folder, which is the codec's; rename it")
+
+
+def check_threshold(threshold: float, codec: CodecConfig, prefix: str = "sampling.") -> None:
+    """Raises ValueError for dynamic thresholding of latents, which have no bounds that one could threshold to."""
+    if threshold and codec.latents:
+        raise ValueError(
+            f"{prefix}threshold={threshold} needs pictures in [-1, 1], but this model denoises latents (codec {codec.kind}); set it to 0"
+        )
+
+
 def _check_unet(stage: StageConfig, prefix: str) -> None:
     network, resolutions = stage.network, stage.network.resolutions
     for key in ("embedding_channels", "context_channels"):
@@ -150,18 +185,14 @@ def _check_unet(stage: StageConfig, prefix: str) -> None:
         raise ValueError(f"{prefix}network.options={network.options} would be ignored: the backbone unet has none, but fields of its own")
     if not resolutions:
         raise ValueError(f"{prefix}network.resolutions is empty: missing mandatory value; the U-Net needs at least one resolution")
-    factor = network.patch_size * 2 ** (len(resolutions) - 1)
+    factor = stage.codec.factor * network.patch_size * 2 ** (len(resolutions) - 1)
+    codec = f", and codec.factor {stage.codec.factor}" if stage.codec.latents else ""
+    why = f"for {len(resolutions)} resolutions and patch_size {network.patch_size}{codec}"
     if stage.size % factor:
-        raise ValueError(
-            f"{prefix}size={stage.size} must be a multiple of {factor} for {len(resolutions)} resolutions and "
-            f"patch_size {network.patch_size}"
-        )
+        raise ValueError(f"{prefix}size={stage.size} must be a multiple of {factor} {why}")
     for i, bucket in enumerate(stage.buckets):
         if any(side % factor for side in bucket):
-            raise ValueError(
-                f"{prefix}buckets[{i}]={bucket}: both must be multiples of {factor} for {len(resolutions)} resolutions and "
-                f"patch_size {network.patch_size}"
-            )
+            raise ValueError(f"{prefix}buckets[{i}]={bucket}: both must be multiples of {factor} {why}")
     for i, spec in enumerate(resolutions):
         where = f"{prefix}network.resolutions[{i}]"
         if spec.channels < 1 or spec.blocks < 1:
@@ -266,6 +297,7 @@ def check(config: RunConfig) -> None:
     if recomputed > depth:
         raise ValueError(f"training.gradient_checkpointing={recomputed}: the network has {depth} resolutions; 0 remembers all of them")
     check_sampling(config.sampling)
+    check_threshold(config.sampling.threshold, config.stage.codec)
     preview = replace(config.sampling, steps=config.training.preview.steps, guidance=config.training.preview.guidance)
     check_sampling(preview, "training.preview.")
     if not config.data.train:

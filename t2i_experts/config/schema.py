@@ -46,7 +46,8 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    """ln sigma ~ N(mean, std^2) in training (EDM's P_mean, P_std); sigma_data is the standard deviation of the images in [-1, 1]."""
+    """ln sigma ~ N(mean, std^2) in training (EDM's P_mean, P_std); sigma_data is the standard deviation of the images in [-1, 1],
+    and the one that a codec gives its latents."""
 
     mean: float = -1.2
     std: float = 1.2
@@ -74,11 +75,33 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True)
-class StageConfig:
-    """One stage of the cascade: what is trained, at which resolution, under which noise, on which encoders.
+class CodecConfig:
+    """What the denoiser works on: pictures as they are, or what a codec makes of them, their latents (Rombach et al., arXiv 2112.10752).
 
-    size: side of the square pictures. buckets: aspect-ratio buckets, [width, height] each, the square among them; empty: off, all
-    pictures are cut to squares. With buckets each is cut to the nearest one's shape, and every batch has one shape.
+    kind: its name in the registry: `pixel` (eDiff-I), to which nothing else here applies, or `autoencoder_kl`, a VAE of diffusers.
+    model: a local folder, or a hub id with the folder inside it, as in `stabilityai/stable-diffusion-xl-base-1.0/vae`; `./vae` in a model
+    folder is that folder's own. channels, factor: latents of (width, height) pixels are (channels, height / factor, width / factor),
+    checked when it is loaded. dtype: that it computes in, whatever the network does.
+    """
+
+    kind: str = "pixel"
+    model: str | None = None
+    channels: int = 3
+    factor: int = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def latents(self) -> bool:
+        """Whether the denoiser works on anything but pictures."""
+        return self.kind != "pixel"
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of the cascade: what is trained, at which resolution, under which noise, on which encoders, on pictures or their latents.
+
+    size: side of the square pictures, in pixels, whatever the codec. buckets: aspect-ratio buckets, [width, height] each, the square among
+    them; empty: off, all pictures are cut to squares. With buckets each is cut to the nearest one's shape, and every batch has one shape.
     """
 
     name: str = "base64"
@@ -87,6 +110,7 @@ class StageConfig:
     network: NetworkConfig = MISSING
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     encoders: dict[str, EncoderConfig] = MISSING
+    codec: CodecConfig = field(default_factory=CodecConfig)
 
 
 @dataclass(frozen=True)

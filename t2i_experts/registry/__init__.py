@@ -55,6 +55,10 @@ BUILT_IN: Mapping[str, Mapping[str, str] | str] = {
     "backbone": {
         "unet": "t2i_experts.cascade.stage:build_unet",
     },
+    "codec": {
+        "pixel": "t2i_experts.cascade.codec:PixelCodec",
+        "autoencoder_kl": "t2i_experts.cascade.autoencoder_kl:AutoencoderKLCodec",
+    },
     "command": "t2i_experts.cli.app:COMMANDS",
 }
 """Kind -> name -> "module:attribute", imported when it is asked for, so that listing names costs nothing. Commands have their table."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from t2i_experts.cascade.codec import load_codec
 from t2i_experts.cascade.device import default_device, synchronize
 from t2i_experts.cascade.stage import IMAGE_CHANNELS, build_network
 from t2i_experts.conditioning.conditioner import Encoder, TextConditioner
@@ -46,7 +47,7 @@ def measure_training(config: RunConfig, *, processes: int = 1) -> MeasuredStep:
     """Runs training steps of one of `processes` processes, without the others: one to warm up, one for the clock, one for the memory.
 
     On CUDA the peak is the caching allocator's; on the CPU it is what torch's profiler saw allocated during a step, and the tensors that
-    were there before it. Raises ValueError as training would, for encoders that cannot be loaded.
+    were there before it. Raises ValueError as training would, for encoders and a codec that cannot be loaded.
     """
     training, device = config.training, training_device(config)
     batch_size = micro_batch(training, processes)
@@ -56,7 +57,9 @@ def measure_training(config: RunConfig, *, processes: int = 1) -> MeasuredStep:
     at_work = TextConditioner.from_config({n: e for n, e in config.stage.encoders.items() if n not in text}, device=device)
     stand_ins: dict[str, Encoder] = {name: StoredTextEncoder(encoder, device) for name, encoder in text.items()}
     conditioner = TextConditioner({**stand_ins, **at_work.encoders}, config.stage.encoders)
-    task = DiffusionTask(config.stage, conditioner, seed=training.seed, device=device, bf16=training.precision == "bf16")
+    codec = load_codec(config.stage, device=device)
+    bf16 = training.precision == "bf16"
+    task = DiffusionTask(config.stage, conditioner, seed=training.seed, device=device, bf16=bf16, codec=codec)
     network = build_network(config.stage, checkpointed_resolutions=training.gradient_checkpointing).to(device)
     ema, optimizer = build_ema(network, training.ema), build_optimizer(network, training.optimizer)
     weighting = LearnedWeighting(training.optimizer, device) if training.uncertainty_weighting else None
@@ -79,6 +82,7 @@ def measure_training(config: RunConfig, *, processes: int = 1) -> MeasuredStep:
     def held() -> int:
         moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
         modules = [network, getattr(ema, "networks", ema.network), *(encoder.model for encoder in conditioner.encoders.values())]
+        modules += [codec.model] if codec.model is not None else []
         return occupied([*moments, *(t for module in modules for t in (*module.parameters(), *module.buffers()))])
 
     step()  # the moments come into being; code is compiled

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from t2i_experts.cascade.codec import Codec, blank_codec, latent_shape
 from t2i_experts.cascade.stage import IMAGE_CHANNELS, build_network
 from t2i_experts.conditioning.blank import BlankEncoder, blank_encoder
 from t2i_experts.conditioning.stored import text_encoders
@@ -34,7 +35,8 @@ class TrainingMemory:
     weights: of the network. optimizer: AdamW's two moments. averages: of the weights, one or several. encoders: each encoder's weights by
     name, None if its architecture is not known here; such an encoder is missing in the sum. gradients: of all weights. activations: what
     there is beside all these at the worst moment of a step: what the backward pass remembers, its temporaries, the encoders' outputs.
-    compiled: whether the activations are those of compiled code. uncompiled: the activations of code that is not.
+    compiled: whether the activations are those of compiled code. uncompiled: the activations of code that is not. codec: the weights of
+    the codec, as for an encoder.
     """
 
     batch_size: int
@@ -47,28 +49,30 @@ class TrainingMemory:
     activations: int
     compiled: bool
     uncompiled: int
+    codec: int | None = 0
 
     @property
     def total(self) -> int:
         """At the worst moment."""
-        known = sum(size for size in self.encoders.values() if size is not None)
+        known = sum(size for size in (*self.encoders.values(), self.codec) if size is not None)
         return self.weights + self.gradients + self.optimizer + self.averages + known + self.activations
 
 
 @dataclass(frozen=True)
 class SamplingMemory:
-    """Bytes on the device when `images` pictures are drawn together, with guidance. encoders: as in `TrainingMemory`."""
+    """Bytes on the device when `images` pictures are drawn together, with guidance. encoders, codec: as in `TrainingMemory`."""
 
     images: int
     dtype: str
     weights: int
     encoders: Mapping[str, int | None]
     activations: int
+    codec: int | None = 0
 
     @property
     def total(self) -> int:
         """At the worst moment."""
-        return self.weights + sum(size for size in self.encoders.values() if size is not None) + self.activations
+        return self.weights + sum(size for size in (*self.encoders.values(), self.codec) if size is not None) + self.activations
 
 
 def micro_batch(training: TrainingConfig, processes: int = 1) -> int:
@@ -83,7 +87,7 @@ def micro_batch(training: TrainingConfig, processes: int = 1) -> int:
 
 
 def estimate_training(config: RunConfig, *, processes: int = 1) -> TrainingMemory:
-    """The memory of one of `processes` processes that train `config`. Nothing is read but the encoders' architectures.
+    """The memory of one of `processes` processes that train `config`. Nothing is read but the architectures of encoders and codec.
 
     Raises ValueError for a batch that the processes cannot share.
     """
@@ -95,7 +99,9 @@ def estimate_training(config: RunConfig, *, processes: int = 1) -> TrainingMemor
     weights, gradients = held_by(network), sum(parameter.nbytes for parameter in trained)
     stored = text_encoders(stage.encoders) if config.data.embeddings == "stored" else ()  # never on the device
     blanks = {name: blank_encoder(encoder) for name, encoder in stage.encoders.items() if name not in stored}
+    codec = blank_codec(stage)
     with FakeTensorMode():
+        codec_weights = _codec_weights(codec)
         encoders = {name: blank and _faked(blank) for name, blank in blanks.items()}
         materialized(network)
         bf16 = torch.autocast("cpu", torch.bfloat16, enabled=training.precision == "bf16")
@@ -106,10 +112,12 @@ def estimate_training(config: RunConfig, *, processes: int = 1) -> TrainingMemor
             for _ in range(passes):
                 images = _images(stage, batch)
                 conditioning = _encoded(stage, encoders, images, {name: 1 - e.drop for name, e in stage.encoders.items()})
+                latents = _denoised(stage, batch) if codec is None else codec.encode(images)
+                latents = latents.contiguous(memory_format=torch.channels_last)
                 encoding = encoding or allocations.peak
-                sigma, eps = torch.rand(batch), torch.randn(images.shape)
+                sigma, eps = torch.rand(batch), torch.randn(latents.shape)
                 with bf16:
-                    loss = EDMLoss(stage.noise.sigma_data)(network, images, sigma, eps, conditioning)
+                    loss = EDMLoss(stage.noise.sigma_data)(network, latents, sigma, eps, conditioning)
                 del conditioning
                 loss.mean().backward()
         peak = uncompiled = max(allocations.peak, gradients)
@@ -127,6 +135,7 @@ def estimate_training(config: RunConfig, *, processes: int = 1) -> TrainingMemor
         activations=peak - gradients,
         compiled=remembered is not None,
         uncompiled=uncompiled - gradients,
+        codec=codec_weights,
     )
 
 
@@ -136,22 +145,28 @@ def estimate_sampling(stage: StageConfig, images: int, dtype: torch.dtype = torc
     with torch.device("meta"):
         network = build_network(stage).to(dtype)
     blanks = {name: blank_encoder(encoder) for name, encoder in stage.encoders.items()}
+    codec = blank_codec(stage)
     with FakeTensorMode():
+        codec_weights = _codec_weights(codec)
         encoders = {name: blank and _faked(blank) for name, blank in blanks.items()}
         materialized(network)
         with Allocations() as allocations:
-            x, history = _images(stage, images), _images(stage, images)  # a multistep sampler's
-            conditioning = _encoded(stage, encoders, x, dict.fromkeys(stage.encoders, 1.0))
+            x, history = _denoised(stage, images), _denoised(stage, images)  # a multistep sampler's
+            style = _images(stage, images) if stage.codec.latents else x
+            conditioning = _encoded(stage, encoders, style, dict.fromkeys(stage.encoders, 1.0))
             both = Conditioning.cat([conditioning, conditioning])
             prepared = network.prepare(both)
             denoised = network(torch.cat([x, x]), torch.ones(2 * images), prepared)
             del history, denoised
+            if codec is not None:
+                codec.decode(x)
     return SamplingMemory(
         images=images,
         dtype=str(dtype).removeprefix("torch."),
         weights=held_by(network),
         encoders=_sizes(encoders),
         activations=allocations.peak,
+        codec=codec_weights,
     )
 
 
@@ -163,7 +178,7 @@ def _compiled(config: RunConfig, network: EDMPrecond, batch: int, precision: tor
     stage = config.stage
 
     def inputs() -> tuple[Tensor, Tensor, Conditioning]:
-        x = _images(stage, batch)
+        x = _denoised(stage, batch)
         return x + torch.randn(x.shape), torch.rand(batch), _encoded(stage, dict.fromkeys(stage.encoders), x, {})
 
     try:
@@ -190,6 +205,18 @@ def largest_shape(stage: StageConfig) -> tuple[int, int]:
 def _images(stage: StageConfig, batch: int) -> Tensor:
     width, height = largest_shape(stage)
     return torch.rand(batch, IMAGE_CHANNELS, height, width).contiguous(memory_format=torch.channels_last)
+
+
+def _denoised(stage: StageConfig, batch: int) -> Tensor:
+    """As many of what the denoiser works on."""
+    return torch.rand(batch, *latent_shape(stage, largest_shape(stage))).contiguous(memory_format=torch.channels_last)
+
+
+def _codec_weights(codec: Codec | None) -> int | None:
+    """Bytes of a codec's weights, which become fake ones; None for one that is not known."""
+    if codec is None:
+        return None
+    return 0 if codec.model is None else held_by(materialized(codec.model))
 
 
 def _encoded(stage: StageConfig, encoders: Mapping[str, BlankEncoder | None], images: Tensor, kept: Mapping[str, float]) -> Conditioning:

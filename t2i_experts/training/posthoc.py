@@ -123,5 +123,5 @@ def save_reconstruction(root: Path, out: Path, sigma_rel: float, images_seen: in
     provenance = json.loads((root / "model" / INDEX).read_text(encoding="utf-8"))["provenance"]
     facts = result.facts()
     provenance |= {"images_seen": facts.pop("images_seen"), "ema": {"kind": "power", **facts}}
-    save_model(out, stage.config, stage.sampling, result.weights, model.conditioner, provenance=provenance)
+    save_model(out, stage.config, stage.sampling, result.weights, model.conditioner, codec=stage.codec, provenance=provenance)
     return result

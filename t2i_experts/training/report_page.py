@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from t2i_experts.config import CodecConfig
 from t2i_experts.training.history import History, Run, comparable_validations, facts, range_of
 
 SHOWN_EVENTS = 20
@@ -133,7 +134,7 @@ def _in_words(event: Mapping[str, Any], *, first: bool) -> str:
 def _trained(run: Run) -> Iterator[str]:
     config, stage, training = run.config, run.config.stage, run.config.training
     start = run.history.of("start")[-1:] or [{}]
-    side = stage.size // stage.network.patch_size
+    side = stage.size // (stage.codec.factor * stage.network.patch_size)
     resolutions = []
     for i, spec in enumerate(stage.network.resolutions):
         attention = [word for word, used in (("self", spec.self_attention), ("cross", spec.cross_attention)) if used]
@@ -151,6 +152,7 @@ def _trained(run: Run) -> Iterator[str]:
         ("training shards", ", ".join(_code(name) for name in config.data.train)),
         ("validation shards", _code(config.data.validation) if config.data.validation else "none"),
         ("network", "; ".join(resolutions) or f"{stage.network.backbone}, {_code(str(stage.network.options))}"),
+        *([("codec", _codec(stage.codec))] if stage.codec.latents else []),
         ("noise", f"ln sigma of mean {stage.noise.mean:g} and deviation {stage.noise.std:g}, sigma_data {stage.noise.sigma_data:g}"),
         ("batch", f"{batch}, {training.precision}{', compiled' if training.compile else ''}, seed {training.seed}"),
         (
@@ -166,6 +168,11 @@ def _trained(run: Run) -> Iterator[str]:
     ]
     yield _table(("encoder", "kind", "model", "tokens", "width", "dropped"), encoders)
     yield "All values: `config.yaml` beside `log.jsonl`."
+
+
+def _codec(codec: CodecConfig) -> str:
+    model = f"{codec.kind} {_code(codec.model)}" if codec.model else codec.kind
+    return f"{model}, latents of {codec.channels} channels and 1/{codec.factor} of the side, {codec.dtype}"
 
 
 def _commands(run: Run) -> Iterator[str]:

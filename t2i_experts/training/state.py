@@ -48,7 +48,8 @@ class TrainState:
 
     images_seen: of the global order, by all processes. dataset_hash: of the shards that the order runs over. encoders: fingerprints of the
     frozen encoders' weights, by name. config: resolved, as plain values. weighting: of the noise levels, if the run learns one.
-    rollbacks: how often the run diverged and went back. watch: what `LossWatch` has seen, as plain values.
+    rollbacks: how often the run diverged and went back. watch: what `LossWatch` has seen, as plain values. codec: fingerprint of the
+    codec's `model`, None for one that has none.
     """
 
     network: nn.Module
@@ -61,6 +62,7 @@ class TrainState:
     weighting: LearnedWeighting | None = None
     rollbacks: int = 0
     watch: Mapping[str, Any] | None = None
+    codec: str | None = None
 
     @property
     def rate_scale(self) -> float:
@@ -92,6 +94,7 @@ class TrainState:
             "watch": self.watch,
             "dataset_hash": self.dataset_hash,
             "encoders": dict(self.encoders),
+            "codec": self.codec,
             "config": self.config,
             "versions": {"t2i_experts": __version__, "torch": torch.__version__},
         }
@@ -111,13 +114,17 @@ class TrainState:
     def restore(self, folder: Path) -> None:
         """Takes everything from a checkpoint.
 
-        Raises ValueError if it was made on other shards or encoders, does not fit this network, or cannot be read.
+        Raises ValueError if it was made on other shards, encoders or codec, does not fit this network, or cannot be read.
         """
         facts = read_facts(folder)
         changed = sorted(name for name, digest in self.encoders.items() if facts["encoders"].get(name) != digest)
         if changed:
             raise ValueError(
                 f"{folder} was trained with other weights of the encoders {', '.join(changed)}: give the run another output folder"
+            )
+        if facts.get("codec") != self.codec:
+            raise ValueError(
+                f"{folder} was trained with other weights or another normalisation of the codec: give the run another output folder"
             )
         if facts["dataset_hash"] != self.dataset_hash:
             raise ValueError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from t2i_experts.cascade.codec import PIXEL, Codec, fits
 from t2i_experts.cascade.picture import from_uint8
 from t2i_experts.conditioning.conditioner import PromptTokenizer, TextConditioner, TextInput
 from t2i_experts.conditioning.frozen import to_device
@@ -80,10 +81,21 @@ def text_inputs(
 class DiffusionTask:
     """EDM's objective for a stage: noise drawn from p(sigma), all encoders dropped independently (eDiff-I section 4.2)."""
 
-    def __init__(self, stage: StageConfig, conditioner: TextConditioner, *, seed: int, device: torch.device, bf16: bool = False) -> None:
-        """bf16: the denoiser (not the encoders, which have their own dtype) computes under bfloat16 autocast."""
+    def __init__(
+        self,
+        stage: StageConfig,
+        conditioner: TextConditioner,
+        *,
+        seed: int,
+        device: torch.device,
+        bf16: bool = False,
+        codec: Codec = PIXEL,
+    ) -> None:
+        """bf16: the denoiser (not encoders and codec, which have their own dtype) computes under bfloat16 autocast. codec: the stage's."""
+        assert fits(codec, stage), "a task needs the codec of its stage: load_codec(stage)"
         self.stage = stage
         self.conditioner = conditioner
+        self.codec = codec
         self.seed = seed
         self.device = device
         self.bf16 = bf16
@@ -99,11 +111,15 @@ class DiffusionTask:
         """(B, 3, H, W) uint8 on the CPU to float32 in [-1, 1] on the device, channels last."""
         return from_uint8(pixels.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
 
+    def latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """What is denoised for images (B, 3, H, W), channels last: themselves, or what a codec makes of them (see `Codec.encode`)."""
+        return self.codec.encode(images, generator).contiguous(memory_format=torch.channels_last)
+
     def losses(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss of each image, and the noise level at which it was taken, both (B,) float32 on the device.
 
-        Seeds torch's generators from (seed, first position): eps and dropout are the same whenever the run comes to this batch, and
-        however many processes and accumulation steps share the work as long as their product stays.
+        Seeds torch's generators from (seed, first position): eps, dropout and what a codec draws are the same whenever the run comes to
+        this batch, and however many processes and accumulation steps share the work as long as their product stays.
         """
         seed = int(position_rng(self.seed, batch.positions[0], "noise").integers(2**63))
         torch.manual_seed(seed)  # for dropout
@@ -111,9 +127,10 @@ class DiffusionTask:
         images = self.images(batch.images)
         conditioning = self.conditioner.encode(batch.tokens, images, batch.drops)
         sigma = to_device(sigma_from_uniform(self.noise, batch.uniform).float(), self.device)
-        eps = torch.randn(images.shape, generator=generator, device=self.device)
+        latents = self.latents(images, generator)
+        eps = torch.randn(latents.shape, generator=generator, device=self.device)
         with self.autocast():
-            return self.loss(denoiser, images, sigma, eps, conditioning), sigma
+            return self.loss(denoiser, latents, sigma, eps, conditioning), sigma
 
     def autocast(self) -> torch.autocast:
         """The precision that the denoiser computes in; its weights stay float32."""

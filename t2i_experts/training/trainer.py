@@ -17,8 +17,10 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from t2i_experts.cascade.codec import load_codec
 from t2i_experts.cascade.model_folder import save_model
 from t2i_experts.cascade.stage import Stage, build_network
+from t2i_experts.conditioning.frozen import fingerprint
 from t2i_experts.config import RunConfig, to_plain, to_yaml
 from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.shards.reader import ShardReader, Unreadable
@@ -76,10 +78,12 @@ class Trainer:
             self.reader = open_training_shards(config, processes=self.world_size, progress=told)
         size, held_out = config.stage.size, config.data.validation
         self.validation = ShardReader([held_out], size=size, seed=0, embeddings=stored_embeddings(config)) if held_out else None
+        codec = load_codec(config.stage, device=self.device)
         conditioner = open_conditioner(
             config, self.reader.embeddings, self.validation, device=self.device, main_process=self.accelerator.is_main_process
         )
-        self.task = DiffusionTask(config.stage, conditioner, seed=training.seed, device=self.device, bf16=training.precision == "bf16")
+        bf16 = training.precision == "bf16"
+        self.task = DiffusionTask(config.stage, conditioner, seed=training.seed, device=self.device, bf16=bf16, codec=codec)
 
         if self.accelerator.is_main_process:
             self._lock = lock_run(self.root)  # not before: a mistake in the config leaves no folder behind
@@ -93,7 +97,10 @@ class Trainer:
         self.weighting = LearnedWeighting(training.optimizer, self.device) if training.uncertainty_weighting else None
         encoders = {name: conditioner.fingerprint(name) for name in conditioner.names}
         dataset = self.reader.dataset_hash
-        self.state = TrainState(self.network, self.ema, self.optimizer, 0, dataset, encoders, to_plain(config), self.weighting)
+        weights = None if codec.model is None else fingerprint(codec.model)
+        self.state = TrainState(
+            self.network, self.ema, self.optimizer, 0, dataset, encoders, to_plain(config), self.weighting, codec=weights
+        )
         if self.resumed_from is not None:
             self.state.restore(self.resumed_from)
         if training.compile:
@@ -353,7 +360,7 @@ class Trainer:
 
     def _preview(self) -> None:
         if self.accelerator.is_main_process:
-            stage = Stage(self.config.stage, self.ema.network, self.config.sampling)
+            stage = Stage(self.config.stage, self.ema.network, self.config.sampling, self.task.codec)
             path = self.root / "previews" / f"{self.state.images_seen:012d}.png"
             with self.task.autocast():
                 draw_preview(stage, self.task.conditioner, self.config.training.preview, self.device, path)
@@ -403,10 +410,12 @@ class Trainer:
             self.config.sampling,
             self.ema.network.state_dict(),
             self.task.conditioner,
+            codec=self.task.codec,
             provenance={
                 "images_seen": self.state.images_seen,
                 "dataset_hash": self.state.dataset_hash,
                 "encoders": dict(self.state.encoders),
+                "codec": self.state.codec,
                 "ema": to_plain(self.config.training.ema),
             },
         )

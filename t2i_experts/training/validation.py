@@ -108,11 +108,12 @@ def validate(
         pixels = task.images(torch.stack([sample.image for sample in samples]))
         drops = {name: torch.full((len(rows),), name in without) for name in task.stage.encoders}
         conditioning = task.conditioner.encode(text_inputs(task.conditioner.tokenizer, captions, features), pixels, drops)
-        eps = torch.stack([_noise(i, pixels.shape[1:]) for i in rows]).to(task.device)
+        latents = task.latents(pixels)
+        eps = torch.stack([_noise(i, latents.shape[1:]) for i in rows]).to(task.device)
         sigmas = torch.stack([fixed_sigmas(task.noise, i, bins) for i in rows]).float().to(task.device)
         for b in range(bins):
             with task.autocast():
-                column = task.loss(denoiser, pixels, sigmas[:, b], eps, conditioning)
+                column = task.loss(denoiser, latents, sigmas[:, b], eps, conditioning)
             losses[rows, b] = column.cpu().double()
         read[rows] = True
     edges = task.noise.icdf(torch.linspace(0, 1, bins + 1, dtype=torch.float64))

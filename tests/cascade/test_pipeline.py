@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from t2i_experts.cascade.device import default_dtype
 from t2i_experts.cascade.pipeline import CascadePipeline, start_noise
 
 
@@ -78,7 +79,7 @@ def test_bfloat16_is_close_to_float32(pipeline: CascadePipeline, model_folder: P
 
 
 def test_it_says_what_it_computes_on_and_in(pipeline: CascadePipeline, model_folder: Path) -> None:
-    assert (pipeline.device, pipeline.dtype) == (torch.device("cpu"), torch.float32)
+    assert (pipeline.device, pipeline.dtype) == (torch.device("cpu"), default_dtype(torch.device("cpu")))
     half = CascadePipeline.from_pretrained(model_folder, device="cpu", dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert {p.dtype for p in half.base.denoiser.parameters()} == {half.dtype}  # type: ignore[attr-defined]

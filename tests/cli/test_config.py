@@ -64,6 +64,7 @@ def test_check(config: Config) -> None:
         (["tiny/base64", "training.batch_size=9", "training.accumulation=2"], ["training.batch_size=9"]),
         (["tiny/base64", "sampling.sampler=dpmp_2m"], ["sampling.sampler", "'dpmp_2m'", "'dpmpp_2m'"]),
         (["tiny/base64", "stage.encoders.t5.kind=t6"], ["stage.encoders.t5.kind", "'t6'", "clip_image, clip_text, t5"]),
+        (["tiny/base64", "stage.codec.kind=pixle"], ["stage.codec.kind: unknown codec 'pixle'", "'pixel'"]),
         (["tny/base64"], ["tny/base64", "did you mean 'tiny/base64'?"]),
     ],
 )
