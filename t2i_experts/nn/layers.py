@@ -21,7 +21,8 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x divided by its root mean square over the last dimension, which is taken in float32. A vector of zeros stays zero."""
-    return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps).to(x.dtype)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # reads x once, where squares would be written out
+    return x * torch.rsqrt(norm.square() / x.shape[-1] + eps).to(x.dtype)
 
 
 def zeroed(module: Layer) -> Layer:
