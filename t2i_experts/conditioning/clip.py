@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import open_clip
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
@@ -47,8 +48,8 @@ class CLIPTokenizer:
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         """Tokens padded to `max_tokens` with id 0; real are the start token, the text, and the end token, always present."""
-        ids = torch.zeros(len(prompts), self.max_tokens, dtype=torch.int64)
-        mask = torch.zeros(len(prompts), self.max_tokens, dtype=torch.bool)
+        ids = np.zeros((len(prompts), self.max_tokens), np.int64)
+        mask = np.zeros((len(prompts), self.max_tokens), np.bool_)
         spans: list[tuple[Span, ...]] = []
         truncated: list[int | None] = []
         for row, prompt in enumerate(prompts):
@@ -58,9 +59,9 @@ class CLIPTokenizer:
             row_ids = [self.bpe.sot_token_id, *text_ids[:room], self.bpe.eot_token_id]
             end = text_spans[:room][-1][1] if text_spans[:room] else 0
             spans.append(((0, 0), *text_spans[:room], (end, end)))
-            ids[row, : len(row_ids)] = torch.tensor(row_ids)
+            ids[row, : len(row_ids)] = row_ids
             mask[row, : len(row_ids)] = True
-        return Tokens.covering(ids, mask, spans, truncated)
+        return Tokens.covering(torch.from_numpy(ids), torch.from_numpy(mask), spans, truncated)
 
     def count(self, prompt: str) -> int:
         """Tokens that a prompt has before it is cut, its start and end tokens included."""
@@ -69,6 +70,8 @@ class CLIPTokenizer:
     def _encode(self, prompt: str) -> tuple[list[int], list[Span]]:
         """All ids of a prompt, without start and end, and the characters of the prompt that each stands for."""
         cleaned: str = self.bpe.clean_fn(prompt)
+        if prompt.isascii() and prompt.isprintable() and cleaned == prompt.lower():
+            return self._encode_plain(cleaned)
         characters = cleaned_spans(prompt, cleaned)
         ids: list[int] = []
         spans: list[Span] = []
@@ -82,6 +85,19 @@ class CLIPTokenizer:
                 ids.append(self.bpe.encoder[piece])
                 spans.append(covering(characters[origin[at] : origin[at + length - 1] + 1]))
                 at += length
+        return ids, spans
+
+    def _encode_plain(self, text: str) -> tuple[list[int], list[Span]]:
+        """`_encode` of what most captions are: each character is one byte, and stands for itself."""
+        ids: list[int] = []
+        spans: list[Span] = []
+        for word in self.bpe.pat.finditer(text):
+            at = word.start()
+            for piece in self.bpe.bpe(word.group()).split(" "):
+                end = at + len(piece.removesuffix("</w>"))
+                ids.append(self.bpe.encoder[piece])
+                spans.append((at, end))
+                at = end
         return ids, spans
 
 

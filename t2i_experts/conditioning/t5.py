@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
@@ -47,8 +48,8 @@ class T5Tokenizer:
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         """Tokens padded to `max_tokens` with id 0; each row ends with `</s>`, also where the prompt is too long."""
-        ids = torch.zeros(len(prompts), self.max_tokens, dtype=torch.int64)
-        mask = torch.zeros(len(prompts), self.max_tokens, dtype=torch.bool)
+        ids = np.zeros((len(prompts), self.max_tokens), np.int64)
+        mask = np.zeros((len(prompts), self.max_tokens), np.bool_)
         spans: list[tuple[Span, ...]] = []
         truncated: list[int | None] = []
         for row, prompt in enumerate(prompts):
@@ -58,9 +59,9 @@ class T5Tokenizer:
             row_ids, row_spans = [*row_ids[:room], self.pieces.eos_id()], row_spans[:room]
             end = row_spans[-1][1] if row_spans else 0
             spans.append((*row_spans, (end, end)))
-            ids[row, : len(row_ids)] = torch.tensor(row_ids)
+            ids[row, : len(row_ids)] = row_ids
             mask[row, : len(row_ids)] = True
-        return Tokens.covering(ids, mask, spans, truncated)
+        return Tokens.covering(torch.from_numpy(ids), torch.from_numpy(mask), spans, truncated)
 
     def count(self, prompt: str) -> int:
         """Tokens that a prompt has before it is cut, `</s>` included."""

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from t2i_experts.shards.jpeg import ordinary_size
+
 MAX_PIXELS = 2**27
 """A larger picture is refused before it is decoded: a small file can claim any size (a decompression bomb)."""
 
@@ -87,19 +89,35 @@ def centre_crop(data: bytes, width: int, height: int) -> Image.Image:
     antialiasing; a JPEG more than four times as large is first decoded at a half, quarter or eighth, never below twice the size wanted.
     A picture that has this size keeps its pixels. Raises ValueError for data that is no readable JPEG, PNG or WebP.
     """
+    image = decode(data, width, height)
+    return resize(image, width, height, centre_box(image.size, width, height))
+
+
+def resize(image: Image.Image, width: int, height: int, box: tuple[float, float, float, float]) -> Image.Image:
+    """What lies in a box (left, top, right, bottom) of a picture, at width x height; by Lanczos's filter."""
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def decode(data: bytes, width: int, height: int) -> Image.Image:
+    """The whole picture, upright and RGB, a JPEG as small as `centre_crop` says. Raises ValueError."""
+    ordinary = _decode_ordinary(data, width, height)
+    if ordinary is not None:
+        return ordinary
     with open_image(data) as image:
         _draft(image, *((height, width) if _early_turn(image) in _SIDEWAYS else (width, height)))
         image.load()
         turn = _turn(image)
-        if turn in _SIDEWAYS:
-            width, height = height, width
         image = _opaque(_eight_bit(image))
-        part_width, part_height = min(image.width, image.height * width / height), min(image.height, image.width * height / width)
-        left, top = (image.width - part_width) / 2, (image.height - part_height) / 2
-        if (part_width, part_height) == (width, height):
-            left, top = int(left), int(top)  # a crop alone: half a pixel's shift would blur
-        image = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + part_width, top + part_height))
         return image if turn is None else image.transpose(turn)
+
+
+def centre_box(size: tuple[int, int], width: int, height: int) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of the largest part with the shape of width x height, in the centre of a picture of some size."""
+    part_width, part_height = min(size[0], size[1] * width / height), min(size[1], size[0] * height / width)
+    left, top = (size[0] - part_width) / 2, (size[1] - part_height) / 2
+    if (part_width, part_height) == (width, height):
+        left, top = int(left), int(top)  # a crop alone: half a pixel's shift would blur
+    return left, top, left + part_width, top + part_height
 
 
 def prepare(data: bytes, shorter_side: int | None = None) -> tuple[bytes, str]:
@@ -136,11 +154,35 @@ def prepare(data: bytes, shorter_side: int | None = None) -> tuple[bytes, str]:
         return out.getvalue(), "jpg" if lossy else "png"
 
 
+def _decode_ordinary(data: bytes, width: int, height: int) -> Image.Image | None:
+    """What `decode` gives, without opening the data as a file, which takes a small JPEG longer than its pixels do.
+
+    None for what is no ordinary JPEG, and for what cannot be decoded, about which Pillow says more when it opens it.
+    """
+    size = ordinary_size(data)
+    if size is None or size[0] * size[1] > MAX_PIXELS:
+        return None
+    scale = _reduction(size, width, height)
+    try:  # the arguments are those that Pillow's JPEG plugin gives its decoder
+        return Image.frombytes("RGB", (-(-size[0] // scale), -(-size[1] // scale)), data, "jpeg", "RGB", "", scale, 0)
+    except (ValueError, TypeError, OSError):
+        return None
+
+
 def _draft(image: Image.Image, width: int, height: int) -> None:
     """Lets the JPEG decoder leave out detail far below what a part at width x height will show; nothing for other formats."""
-    scale = 2 * max(width / image.width, height / image.height)
-    if scale < 1:
-        image.draft(None, (round(image.width * scale), round(image.height * scale)))
+    scale = _reduction(image.size, width, height)
+    if scale > 1:
+        image.draft(None, (image.width // scale, image.height // scale))
+
+
+def _reduction(size: tuple[int, int], width: int, height: int) -> int:
+    """By how much, 1, 2, 4 or 8, a JPEG of some (width, height) is decoded smaller for a part at width x height."""
+    scale = 2 * max(width / size[0], height / size[1])
+    if scale >= 1:
+        return 1
+    fits = min(size[0] // round(size[0] * scale), size[1] // round(size[1] * scale))
+    return next(reduction for reduction in (8, 4, 2, 1) if reduction <= fits)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

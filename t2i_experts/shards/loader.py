@@ -16,10 +16,11 @@ from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from t2i_experts.shards.buckets import Buckets
 from t2i_experts.shards.reader import Sample
+from t2i_experts.shards.transfer import Packed, pack, unpack
 
 Batch = TypeVar("Batch")
 
@@ -122,12 +123,13 @@ class _Batches(Dataset[Any], Generic[Batch]):
         self._reader = reader
         self._collate = collate
 
-    def __getitem__(self, positions: Sequence[int]) -> Batch | _Unreadable:
+    def __getitem__(self, positions: Sequence[int]) -> Batch | Packed | _Unreadable:
         try:
             samples = [self._reader[position] for position in positions]
         except ValueError as error:
             return _Unreadable(str(error))
-        return self._collate(samples)
+        batch = self._collate(samples)
+        return batch if get_worker_info() is None else pack(batch)
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def _unpacked(batches: Iterator[Any], give_up: Callable[[], bool] | None) -> Gen
                 continue
             if isinstance(batch, _Unreadable):
                 raise ValueError(str(batch))
-            yield batch
+            yield unpack(batch) if isinstance(batch, Packed) else batch
     finally:
         _end_workers(batches)
 

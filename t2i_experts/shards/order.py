@@ -10,14 +10,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from typing import TypeVar, overload
+from array import array
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 _ROUNDS = 10
-_MASK = 2**64 - 1
-_Number = TypeVar("_Number", int, np.ndarray)
 
 
 class GlobalOrder:
@@ -42,10 +41,10 @@ class GlobalOrder:
             raise IndexError(f"position {position} is negative")
         if not isinstance(position, np.ndarray):
             epoch, point = divmod(int(position), self.samples)
-            keys = _round_keys(self._name, epoch)
-            point = self._encrypt(point, keys)
+            rounds = _round_tables(self._name, epoch, self._a, self._b)
+            point = self._look_up(point, rounds)
             while point >= self.samples:
-                point = self._encrypt(point, keys)
+                point = self._look_up(point, rounds)
             return point
         epochs, points = np.divmod(position.astype(np.uint64), np.uint64(self.samples))
         for epoch in np.unique(epochs):
@@ -63,7 +62,16 @@ class GlobalOrder:
         digest = hashlib.blake2b(f"{self._name}/{position}/substitute {attempt}".encode(), digest_size=16).digest()
         return int.from_bytes(digest, "little") % self.samples
 
-    def _encrypt(self, point: _Number, keys: tuple[int, ...]) -> _Number:
+    def _look_up(self, point: int, rounds: tuple[tuple[array[int], array[int]], ...]) -> int:
+        """`_encrypt` of one point, whose hashes have been computed."""
+        a, b = self._a, self._b
+        left, right = divmod(point, b)
+        for of_right, of_left in rounds:
+            left = (left + of_right[right]) % a
+            right = (right + of_left[left]) % b
+        return left * b + right
+
+    def _encrypt(self, point: NDArray[Any], keys: tuple[int, ...]) -> NDArray[Any]:
         """A permutation of [0, a b): each round adds to one half a keyed hash of the other."""
         left, right = point // self._b, point % self._b
         for i in range(0, _ROUNDS, 2):
@@ -72,11 +80,24 @@ class GlobalOrder:
         return left * self._b + right
 
 
-def _mix(x: _Number) -> _Number:
-    """A 64-bit integer hash: splitmix64's finaliser (Steele, Lea and Flood, 2014). Python integers are masked; arrays wrap anyway."""
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+def _mix(x: NDArray[Any]) -> NDArray[Any]:
+    """A 64-bit integer hash: splitmix64's finaliser (Steele, Lea and Flood, 2014)."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     return x ^ (x >> 31)
+
+
+@functools.lru_cache(maxsize=64)
+def _round_tables(name: str, epoch: int, a: int, b: int) -> tuple[tuple[array[int], array[int]], ...]:
+    """What each pair of rounds adds to a left half, for every right half, and the other way round: some sqrt(N) numbers a round."""
+    keys = _round_keys(name, epoch)
+    lefts, rights = np.arange(a, dtype=np.uint64), np.arange(b, dtype=np.uint64)
+    return tuple((_numbers(_mix(rights ^ keys[i]) % a), _numbers(_mix(lefts ^ keys[i + 1]) % b)) for i in range(0, _ROUNDS, 2))
+
+
+def _numbers(values: NDArray[Any]) -> array[int]:
+    """As an array of Python's own, whose items are read several times as fast as numpy's."""
+    return array("I", values.astype(np.uint32).tobytes())
 
 
 @functools.lru_cache(maxsize=64)
@@ -89,6 +110,21 @@ def position_rng(seed: int, position: int, purpose: str) -> np.random.Generator:
     """Random numbers that belong to one position and one purpose ("caption", "crop", ...), whatever was drawn before or elsewhere."""
     counter = np.array([0, 0, 0, position], np.uint64)  # draws count up from the lowest word
     return np.random.Generator(np.random.Philox(key=_philox_key(seed, purpose), counter=counter))
+
+
+class PositionDraws:
+    """What `position_rng` gives, for draws that are made at once: one generator, put to each position in turn."""
+
+    def __init__(self, seed: int, purpose: str) -> None:
+        self._bits = np.random.Philox(key=_philox_key(seed, purpose), counter=0)
+        self._start = self._bits.state
+        self._generator = np.random.Generator(self._bits)
+
+    def at(self, position: int) -> np.random.Generator:
+        """The generator of a position, until the next one is asked for."""
+        self._start["state"]["counter"][3] = position
+        self._bits.state = self._start
+        return self._generator
 
 
 @functools.lru_cache(maxsize=64)

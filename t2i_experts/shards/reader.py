@@ -20,7 +20,7 @@ from t2i_experts.shards.buckets import BucketOrder, Buckets, nearest_bucket
 from t2i_experts.shards.embeddings import common_records, unpack_features
 from t2i_experts.shards.format import Manifest, ShardEntry, parse_captions
 from t2i_experts.shards.index import IndexFile, Row, check_tar, open_index
-from t2i_experts.shards.order import GlobalOrder, position_rng
+from t2i_experts.shards.order import GlobalOrder, PositionDraws
 from t2i_experts.shards.sizes import picture_sizes
 from t2i_experts.shards.transforms import decode_image
 from t2i_experts.types import TextFeatures
@@ -139,6 +139,7 @@ class ShardReader:
             sizes = picture_sizes(self._shards, progress=progress)
             self._bucket_of = np.concatenate([nearest_bucket(shard, buckets.shapes) for shard in sizes])
             self.order = BucketOrder(self._bucket_of, buckets, self.dataset_hash, seed)
+        self._caption_draws = PositionDraws(seed, "caption")
         self._indices: dict[int, IndexFile | tuple[Row, ...] | Unreadable] = {}
         self._files: OrderedDict[str, int] = OrderedDict()
 
@@ -153,7 +154,7 @@ class ShardReader:
                 index = self.order.substitute(position, len(unreadable)) if unreadable else self.order[position]
                 raw = self.raw(index)
                 several = len(raw.captions) > 1
-                choice = int(position_rng(self.seed, position, "caption").integers(len(raw.captions))) if several else 0
+                choice = int(self._caption_draws.at(position).integers(len(raw.captions))) if several else 0
                 sample = self._sample(position, raw, choice, self.shape(index))
                 return replace(sample, unreadable=tuple(unreadable)) if unreadable else sample
             except UnreadableSample as error:

@@ -16,9 +16,10 @@ from typing import Protocol
 
 import numpy as np
 
-from t2i_experts.shards.images import image_size, square
+from t2i_experts.shards.images import image_size
 from t2i_experts.shards.parallel import in_order
 from t2i_experts.shards.reader import RawSample, ShardReader, Unreadable, UnreadableSample
+from t2i_experts.shards.transforms import decode_image
 
 TOLERANCE = 0.2
 """How far a configured sigma_data may be off the measured one, as a share of that, before it deserves a warning."""
@@ -159,7 +160,7 @@ def shard_statistics(
 def _measure(size: int, raw: RawSample) -> tuple[tuple[str, ...], tuple[int, int], int, int]:
     """(captions, (width, height), sum of the pixels, sum of their squares) of a sample, pixels in 0..255."""
     try:
-        pixels = np.asarray(square(raw.image, size))  # (size, size, 3)
+        pixels = decode_image(raw.image, size).numpy()  # as training sees it, (3, size, size)
         shape = image_size(raw.image)
     except ValueError as error:
         raise UnreadableSample(Unreadable(str(raw.shard), raw.key, str(error))) from error

@@ -21,7 +21,7 @@ from t2i_experts.config import is_url
 from t2i_experts.shards.buckets import Buckets
 from t2i_experts.shards.format import EncoderRecord, parse_captions
 from t2i_experts.shards.loader import SampleReader, open_loader
-from t2i_experts.shards.order import GlobalOrder, position_rng
+from t2i_experts.shards.order import GlobalOrder, PositionDraws, position_rng
 from t2i_experts.shards.reader import Sample, ShardReader, Unreadable
 from t2i_experts.shards.tar_stream import StreamedSample, read_tar
 from t2i_experts.shards.transforms import decode_image
@@ -47,6 +47,7 @@ class StreamReader:
         """size: pixels of the square images. Raises ValueError as `expand_urls` does; nothing is opened."""
         self.size = size
         self.seed = seed
+        self._caption_draws = PositionDraws(seed, "caption")
         self.embeddings: tuple[EncoderRecord, ...] = ()
         self.tars = expand_urls(urls)
         self.dataset_hash = hashlib.sha256(json.dumps(["urls", *self.tars]).encode()).hexdigest()
@@ -68,7 +69,7 @@ class StreamReader:
         """A sample at a position, which chooses its caption. Raises ValueError for a picture or captions that are broken."""
         captions, metadata = parse_captions(stored.text, stored.fields)
         image = decode_image(stored.image, self.size)
-        choice = int(position_rng(self.seed, position, "caption").integers(len(captions)))
+        choice = int(self._caption_draws.at(position).integers(len(captions)))
         return Sample(position, stored.key, image, captions[choice], metadata)
 
 

@@ -15,7 +15,7 @@ from t2i_experts.conditioning.frozen import to_device
 from t2i_experts.config import StageConfig
 from t2i_experts.diffusion.loss import EDMLoss
 from t2i_experts.diffusion.noise import LogNormalSigma, sigma_from_uniform
-from t2i_experts.shards.order import position_rng
+from t2i_experts.shards.order import PositionDraws, position_rng
 from t2i_experts.shards.reader import Sample, Unreadable
 from t2i_experts.types import Denoiser, FeatureBatch, TextFeatures
 
@@ -65,8 +65,8 @@ class Collate:
 
     def _draws(self, samples: Sequence[Sample], purpose: str) -> Tensor:
         """A uniform number for each sample, (B,) float64 in [0, 1)."""
-        draws = [position_rng(self.seed, sample.position, purpose).random() for sample in samples]
-        return torch.tensor(draws, dtype=torch.float64)
+        draws = PositionDraws(self.seed, purpose)
+        return torch.tensor([draws.at(sample.position).random() for sample in samples], dtype=torch.float64)
 
 
 def text_inputs(

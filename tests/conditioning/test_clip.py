@@ -56,6 +56,36 @@ def test_spans_hold_what_the_tokens_spell(nasty: str) -> None:
     assert sorted(tokens.spans[0][1:]) == list(tokens.spans[0][1:])
 
 
+class Unusual(str):
+    """Text that does not own up to being plain."""
+
+    def isascii(self) -> bool:
+        return False
+
+
+def test_plain_prompts_are_encoded_as_all_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of printable ASCII that the cleaning leaves as they are; what it changes never goes that way."""
+    tokenizer = CLIPTokenizer(SimpleTokenizer(), 77)
+    rng, symbols = np.random.default_rng(0), "".join(map(chr, range(32, 127)))
+    prompts = [
+        "",
+        "A Red Apple",
+        "it's 1,000 X-rays!?",
+        "a <end_of_text> b<|>",
+        '\\"`^_~{}',
+        *("".join(rng.choice([*symbols], 40)) for _ in range(300)),
+    ]
+    found = [tokenizer._encode(prompt) for prompt in prompts]
+    plain = CLIPTokenizer._encode_plain
+    went = []
+    monkeypatch.setattr(CLIPTokenizer, "_encode_plain", lambda self, text: went.append(text) or plain(self, text))
+    changed = ["a  b", " a", "fish &amp; chips", "“a”", "ß", "a\tb", "a\x7fb", "doesnâ€™t"]
+    assert [tokenizer._encode(prompt) for prompt in prompts] == found and len(went) > 100
+    went.clear()
+    assert [len(tokenizer._encode(prompt)[0]) for prompt in changed] and not went
+    assert [tokenizer._encode(Unusual(prompt)) for prompt in prompts] == found and not went
+
+
 def test_tokens_of_a_phrase_are_found_by_its_characters() -> None:
     bpe = SimpleTokenizer()
     prompt = "Fish &amp; “two   RED  apples”, ﬁne"

@@ -80,7 +80,18 @@ def test_the_largest_centre_part_of_a_shape(encode: Encode, size: tuple[int, int
     data = encode(6, size)
     expected = Image.open(io.BytesIO(data)).resize(shape, Image.Resampling.LANCZOS, box=box)
     assert (np.asarray(centre_crop(data, *shape)) == np.asarray(expected)).all()
-    assert decode_image(data, *shape).shape == (3, shape[1], shape[0])
+    tensor = decode_image(data, *shape)
+    assert tensor.shape == (3, shape[1], shape[0]) and tensor.is_contiguous()
+    assert np.abs(tensor.permute(1, 2, 0).numpy() - np.asarray(expected).astype(int)).max() <= 2  # Pillow rounds between the axes, too
+
+
+def test_a_picture_that_is_much_too_large(encode: Encode) -> None:
+    """Is resized by Pillow alone; shapes that are a little, or in one direction, too large go the other way."""
+    for size, shape in (((300, 290), (16, 16)), ((129, 128), (16, 16)), ((128, 128), (16, 16)), ((200, 30), (40, 2))):
+        data = encode(5, size)
+        found = decode_image(data, *shape).permute(1, 2, 0).numpy().astype(int)
+        assert np.abs(found - np.asarray(centre_crop(data, *shape))).max() <= 2
+    assert (decode_image(encode(5, (300, 290)), 16).permute(1, 2, 0).numpy() == pixels(encode(5, (300, 290)), 16)).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

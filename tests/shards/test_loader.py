@@ -22,6 +22,7 @@ import torch
 from t2i_experts.shards import loader
 from t2i_experts.shards.loader import open_loader, position_batches
 from t2i_experts.shards.reader import Sample, ShardReader
+from t2i_experts.shards.writer import ShardWriter
 
 MakeShards = Callable[..., Path]
 Seen = list[tuple[int, str, str]]
@@ -69,6 +70,25 @@ def reader(tmp_path: Path, make_shards: MakeShards) -> ShardReader:
 def test_ranks_and_workers_read_one_global_order(reader: ShardReader, start: int, world_size: int, accumulation: int, workers: int) -> None:
     expected = [(s.position, s.key, s.caption) for s in (reader[position] for position in range(start, start + 40))]
     assert gather(reader, start, start + 40, 8, accumulation, world_size, workers) == expected
+
+
+def test_pixels_are_the_same_in_workers_and_in_a_process_with_many_threads(tmp_path: Path, encode: Callable[..., bytes]) -> None:
+    """Resizing is a product of matrices, which threads share out and processes inherit."""
+    with ShardWriter(tmp_path) as writer:
+        for i in range(8):
+            writer.write(str(i), encode(i, (150 + i, 130), "JPEG", quality=95), "jpg", ["a"])
+    options: dict[str, Any] = {"start": 0, "stop": 16, "batch_size": 4, "accumulation": 1, "rank": 0, "world_size": 1}
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count, workers in ((1, 0), (4, 0), (4, 2)):
+            torch.set_num_threads(count)
+            torch.mm(torch.ones(600, 600), torch.ones(600, 600))  # large enough for all threads, which a fork does not take along
+            batches = open_loader(ShardReader([tmp_path], size=48, seed=0), collate, workers=workers, **options)
+            found.append(torch.cat([images for _, images in batches]))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_restarting_anywhere_on_other_ranks_goes_on_as_if_nothing_had_happened(reader: ShardReader) -> None:

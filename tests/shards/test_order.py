@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from t2i_experts.shards.order import GlobalOrder, position_rng
+from t2i_experts.shards.order import GlobalOrder, PositionDraws, position_rng
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 5, 7, 16, 17, 48, 100, 1023, 1025])
@@ -88,3 +89,15 @@ def test_random_numbers_belong_to_position_purpose_and_seed() -> None:
     assert position_rng(5, 6, "crop").random() == position_rng(5, 6, "crop").random()
     uniform = np.array([position_rng(0, position, "crop").random() for position in range(2000)])
     assert abs(uniform.mean() - 0.5) < 0.03 and abs(np.corrcoef(uniform[:-1], uniform[1:])[0, 1]) < 0.1
+
+
+def test_draws_at_positions_are_those_of_their_generators() -> None:
+    """In any order, however much was drawn at the one before, and from a copy."""
+    draws = PositionDraws(3, "caption")
+    for position in (5, 0, 5, 10**12, 1):
+        for of in (draws, pickle.loads(pickle.dumps(draws))):
+            found, expected = of.at(position), position_rng(3, position, "caption")
+            assert found.integers(5) == expected.integers(5)
+            assert found.random() == expected.random()
+            assert (found.integers(1000, size=position % 4) == expected.integers(1000, size=position % 4)).all()
+            assert found.integers(2**31, dtype=np.int32) == expected.integers(2**31, dtype=np.int32)  # keeps half of a draw
