@@ -116,9 +116,9 @@ def captions(scene: Description, rng: random.Random, count: int) -> tuple[str, .
     return tuple(made)
 
 
-def caption(scene: Description, rng: random.Random, *, style: bool) -> str:
-    """One sentence or phrase. style: whether it names the style."""
-    phrase = _relation(scene, rng)
+def caption(scene: Description, rng: random.Random, *, style: bool, relation: str | None = None) -> str:
+    """One sentence or phrase. style: whether it names the style. relation: the pattern of the relation, "{a} above {b}"; None: any."""
+    phrase = _relation(scene, rng, relation)
     bare = not style and not scene.background.named and scene.relation == "single" and scene.things[0].count == 1
     if bare and rng.random() < 0.4:
         return _noun(scene.things[0], rng, article=False)
@@ -163,8 +163,10 @@ def background_words(background: Background, rng: random.Random) -> str:
     )
 
 
-def _relation(scene: Description, rng: random.Random) -> str:
+def _relation(scene: Description, rng: random.Random, pattern: str | None) -> str:
     things = scene.things
+    if pattern is not None:
+        return pattern.format(**{letter: _noun(thing, rng) for letter, thing in zip("abc", things, strict=False)})
     if scene.relation == "single":
         phrase = _noun(things[0], rng)
         if things[0].count > 1 and scene.in_row and rng.random() < 0.3:

@@ -45,7 +45,7 @@ class Chart:
     """A chart in words and numbers.
 
     log: a logarithmic y axis, on which points that are not positive are left out. Otherwise the y axis begins at zero, or at the lowest
-    point if that lies below it. log_x: the same for x.
+    point if that lies below it. log_x: the same for x. x_ticks: where ticks may stand on the x axis; none: at round values.
     """
 
     title: str
@@ -55,6 +55,7 @@ class Chart:
     marks: Sequence[Marks] = ()
     log: bool = False
     log_x: bool = False
+    x_ticks: Sequence[float] = ()
 
 
 def draw_chart(chart: Chart, width: int = 960, height: int = 420) -> Image.Image:
@@ -93,7 +94,8 @@ def draw_chart(chart: Chart, width: int = 960, height: int = 420) -> Image.Image
     for tick in y_axis.ticks:
         y = place(0, tick)[1]
         pen.line(large((left, y), (right, y)), GRID, SUPERSAMPLING)
-    for tick in x_axis.ticks:
+    x_ticks = [tick for tick in chart.x_ticks if x_axis.low <= tick <= x_axis.high] or x_axis.ticks
+    for tick in x_ticks:
         x = place(tick, y_axis.low)[0]
         pen.line(large((x, top), (x, bottom)), GRID, SUPERSAMPLING)
     for line, points in zip(chart.series, lines, strict=True):
@@ -123,7 +125,7 @@ def draw_chart(chart: Chart, width: int = 960, height: int = 420) -> Image.Image
             pen.text((x + 28, 62 + 20 * row), label, INK, _font(13), anchor="lm")
     for tick, label in zip(y_axis.ticks, labels, strict=True):
         pen.text((left - 8, place(0, tick)[1]), label, FAINT_INK, _font(13), anchor="rm")
-    for tick in x_axis.ticks:
+    for tick in x_ticks:
         pen.text((place(tick, y_axis.low)[0], bottom + 8), compact(tick), FAINT_INK, _font(13), anchor="mt")
     pen.text((right, height - 22), chart.x_label, FAINT_INK, _font(13), anchor="rt")
     return picture

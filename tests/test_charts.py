@@ -68,6 +68,16 @@ def test_a_logarithmic_x_axis_does_the_same_and_leaves_out_zero() -> None:
     assert pink - red == pytest.approx(blue - pink, abs=1)
 
 
+def test_ticks_may_be_given() -> None:
+    line = Series("line", [(8, 1.0), (64, 1.0)], BLUE)
+    pictures = [np.asarray(draw_chart(Chart("t", "x", "y", [line], log_x=True, x_ticks=ticks))) for ticks in ((8, 16, 64), (8, 32, 64, 70))]
+    columns = np.flatnonzero((pictures[0] != pictures[1]).any(axis=(0, 2)))
+    pixels = where(Image.fromarray(pictures[0]), BLUE)[:, 1]
+    left, right = (int(pixels[pixels > 60].min()), int(pixels.max()))
+    places = [left + (right - left) * third / 3 for third in (1, 2)]
+    assert all(min(abs(column - place) for place in places) < 12 for column in columns), "they differ at 16 and 32 alone"
+
+
 def test_a_linear_axis_begins_at_zero() -> None:
     lines = [Series(colour, [(0, y), (100, y)], colour) for colour, y in ((RED, 5.0), (PINK, 10.0), (BLUE, 15.0))]
     red, pink, blue = rows_of(Chart("t", "x", "y", lines))

@@ -56,7 +56,7 @@ class DiffusersBackbone(nn.Module):
             up_block_types=["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attends)],
             cross_attention_dim=network.context_channels,
             attention_head_dim=[max(width // network.head_channels, 1) for width in widths],  # its name for the number of heads
-            norm_num_groups=math.gcd(32, *widths),
+            norm_num_groups=_norm_groups(widths),
             dropout=network.dropout,
             class_embed_type="identity",  # a vector that is added to the embedding of the noise level
             resnet_time_scale_shift="scale_shift",
@@ -127,6 +127,15 @@ def _keep_attention(block: Any, spec: ResolutionSpec) -> None:
                 layer.attn2 = layer.norm2 = None
 
 
+def _norm_groups(widths: Sequence[int]) -> int:
+    """How many groups GroupNorm has: diffusers' 32, or a lower power of two that divides all widths and leaves each group four channels at
+    least, as EDM's networks have it."""
+    groups = math.gcd(32, *widths)
+    while groups > 1 and min(widths) < 4 * groups:
+        groups //= 2
+    return groups
+
+
 def _unit_scale(x: Tensor) -> Tensor:
     """Its last dimension at a root mean square of one; zeros stay zeros."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
@@ -176,7 +185,7 @@ def counterpart(stage: StageConfig) -> Counterpart:
 
 
 def own_flops(stage: StageConfig) -> int:
-    """Of an evaluation of one image by the stage's network, whatever its backbone."""
+    """Floating-point operations of an evaluation of one image by the stage's network, whatever its backbone."""
     return _flops(stage, lambda: build_network(stage))
 
 
@@ -223,7 +232,7 @@ def _blocks_of_equal_flops(stage: StageConfig, specs: Sequence[ResolutionSpec], 
 
 
 def _flops(stage: StageConfig, make: Callable[[], nn.Module]) -> int:
-    """Of an evaluation of one image by a network of a stage, without memory for its weights."""
+    """Floating-point operations of an evaluation of one image by a network of a stage, without memory for its weights."""
     with torch.device("meta"):
         network = make()
     with FakeTensorMode():

@@ -1,4 +1,8 @@
-"""One evaluation of a denoiser in bfloat16, as a sampler calls it again and again with one prompt."""
+"""One evaluation of a denoiser, as a sampler calls it again and again with one prompt.
+
+Each network computes in what its users get: this project's in `default_dtype`, and diffusers' in bfloat16 on CUDA, as its documentation
+advises, and elsewhere in float32, its own default. Where these differ, diffusers' in this project's dtype is a row more.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from t2i_experts.bench.machine import describe
 from t2i_experts.bench.network import Size, captions, noise_images, own_network, size_named
 from t2i_experts.bench.result import Result, Row
 from t2i_experts.bench.timing import interleave
+from t2i_experts.cascade.device import default_dtype
 from t2i_experts.cascade.graphs import GraphedDenoiser
 from t2i_experts.training.allocations import held_by
 
@@ -29,22 +34,23 @@ CALLS = 8
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A candidate. flops: of a call. weights: their bytes. error: of its result."""
+    """A candidate. dtype: of its weights. flops: of a call. weights: their bytes. error: of its result."""
 
     call: Callable[[], Tensor]
+    dtype: torch.dtype
     flops: int
     weights: int
     error: float
 
 
-def own_evaluation(size: Size, batch: int, device: torch.device, *, compiled: bool) -> Evaluation:
+def own_evaluation(size: Size, batch: int, device: torch.device, dtype: torch.dtype, *, compiled: bool) -> Evaluation:
     """This project's, as `cascade/` has it: the text's projections made beforehand; what is compiled is replayed by `GraphedDenoiser`."""
     with torch.no_grad():
         network, x, text = own_network(size, device).eval(), noise_images(size, batch, device, 0) * SIGMA, captions(batch, device)
         sigma = torch.tensor(SIGMA, dtype=torch.float64)  # as samplers give it
         with exact_float32():
             reference = network(x, sigma, text)
-        network = network.to(torch.bfloat16)
+        network = network.to(dtype)
         prepared = network.prepare(text)
         count = flops(lambda: network(x, sigma, prepared))
         if compiled:
@@ -56,10 +62,10 @@ def own_evaluation(size: Size, batch: int, device: torch.device, *, compiled: bo
                 output: Tensor = model(x, sigma, prepared)
             return output
 
-        return Evaluation(call, count, held_by(network), relative_rms([call()], [reference]))
+        return Evaluation(call, dtype, count, held_by(network), relative_rms([call()], [reference]))
 
 
-def diffusers_evaluation(size: Size, batch: int, device: torch.device, layout: str, *, compiled: bool) -> Evaluation:
+def diffusers_evaluation(size: Size, batch: int, device: torch.device, dtype: torch.dtype, layout: str, *, compiled: bool) -> Evaluation:
     """Diffusers': compiled as its documentation does it, which on CUDA makes CUDA graphs, too."""
     with torch.no_grad():
         network = diffusers_network(size, device, layout).eval()
@@ -67,8 +73,8 @@ def diffusers_evaluation(size: Size, batch: int, device: torch.device, layout: s
         text, timestep = diffusers_context(size, batch, device), torch.tensor(999, device=device)
         with exact_float32():
             reference = network(x, timestep, text, return_dict=False)[0]
-        network = nn.Module.to(network, torch.bfloat16)  # as its own `to`, without a warning that names nothing
-        x, text = x.bfloat16(), text.bfloat16()
+        network = nn.Module.to(network, dtype)  # as its own `to`, without a warning that names nothing
+        x, text = x.to(dtype), text.to(dtype)
         count = flops(lambda: network(x, timestep, text))
         model: Any = torch.compile(network, mode="reduce-overhead", fullgraph=True, dynamic=False) if compiled else network
 
@@ -77,7 +83,7 @@ def diffusers_evaluation(size: Size, batch: int, device: torch.device, layout: s
                 output: Tensor = model(x, timestep, text, return_dict=False)[0]
             return output
 
-        return Evaluation(call, count, held_by(network), relative_rms([call()], [reference]))
+        return Evaluation(call, dtype, count, held_by(network), relative_rms([call()], [reference]))
 
 
 def bench_denoiser(network: str, batches: Sequence[int], device: torch.device, *, eager: bool = False, repeats: int = 20) -> Result:
@@ -91,14 +97,17 @@ def bench_denoiser(network: str, batches: Sequence[int], device: torch.device, *
         raise ValueError(f"--batch={list(batches)} must be numbers of at least 1")
     diffusers_library()
     torch.backends.cudnn.benchmark = True
-    rate, speed = matrix_rate(device, torch.bfloat16, repeats=repeats), bandwidth(device, repeats=repeats)
+    dtypes = _dtypes(device)
+    rates = {dtype: matrix_rate(device, dtype, repeats=repeats) for dtype in dict.fromkeys(dtypes)}
+    speed = bandwidth(device, repeats=repeats)
     rows: list[Row] = []
     for batch in batches:
         found = _candidates(size, batch, device, eager=eager)
         timings = interleave({name: evaluation.call for name, (_, evaluation) in found.items()}, device, repeats=repeats, calls=CALLS)
         first = next(iter(found))
         for name, (layout, evaluation) in found.items():
-            seconds = timings[name].median
+            seconds, rate = timings[name].median, rates[evaluation.dtype]
+            more = {"dtype": _named(evaluation.dtype), "layout": layout}
             rows.append(
                 Row(
                     f"batch {batch}: {name}",
@@ -107,26 +116,35 @@ def bench_denoiser(network: str, batches: Sequence[int], device: torch.device, *
                     floor=seconds / (evaluation.flops / rate + evaluation.weights / speed),
                     share=evaluation.flops / seconds / rate,
                     error=evaluation.error,
-                    more={"layout": layout, "GFLOP": evaluation.flops / 1e9, "weights MB": evaluation.weights / 1e6},
+                    more={**more, "GFLOP": evaluation.flops / 1e9, "weights MB": evaluation.weights / 1e6},
                 )
             )
         del found
         free(device)
-    settings = {
-        "network": network,
-        "repeats": repeats,
-        "matrix rate TFLOP/s": round(rate / 1e12, 3),
-        "bandwidth GB/s": round(speed / 1e9, 1),
-    }
+    measured = {f"{_named(dtype)} TFLOP/s": round(rate / 1e12, 3) for dtype, rate in rates.items()}
+    settings = {"network": network, "repeats": repeats, **measured, "bandwidth GB/s": round(speed / 1e9, 1)}
     return Result("denoiser", describe(device), settings, rows)
+
+
+def _dtypes(device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """What users get on a device: of diffusers, and of this project."""
+    own = default_dtype(device)
+    return own if device.type == "cuda" else torch.float32, own
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _candidates(size: Size, batch: int, device: torch.device, *, eager: bool) -> dict[str, tuple[str, Evaluation]]:
     """Memory layout and evaluation of each candidate, by name, the baseline first."""
+    usual, own = _dtypes(device)
     found: dict[str, tuple[str, Evaluation]] = {}
     for compiled in [False] if eager else [False, True]:
         how = "eager" if not compiled else "compiled, graph" if device.type == "cuda" else "compiled"
-        found[f"diffusers, {how}"] = in_better_layout(partial(diffusers_evaluation, size, batch, device, compiled=compiled), device)
-        free(device)
-        found[f"t2i-experts, {how}"] = "NHWC", own_evaluation(size, batch, device, compiled=compiled)
+        baselines = {f"diffusers, {how}": usual} | ({f"diffusers, {how}, {_named(own)}": own} if own != usual else {})
+        for name, dtype in baselines.items():
+            found[name] = in_better_layout(partial(diffusers_evaluation, size, batch, device, dtype, compiled=compiled), device)
+            free(device)
+        found[f"t2i-experts, {how}"] = "NHWC", own_evaluation(size, batch, device, own, compiled=compiled)
     return found

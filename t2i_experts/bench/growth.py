@@ -6,6 +6,7 @@ prompts of as many tokens as the embedded model reads.
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from t2i_experts.bench.machine import describe
 from t2i_experts.bench.network import ENCODERS, Size, captions, noise_images, own_network, size_named, stage_of
 from t2i_experts.bench.result import Result, Row
 from t2i_experts.bench.timing import Timing, interleave
+from t2i_experts.cascade.device import default_dtype
 from t2i_experts.cascade.graphs import GraphedDenoiser
 from t2i_experts.cascade.picture import save_png
 from t2i_experts.cascade.stage import build_network
@@ -35,6 +37,7 @@ BATCHES = (1, 4, 16, 64, 256)
 TOKENS = (16, 48, 128, 256, 512)
 HALVES = {"parameters": (1, 2, 3, 4), "resolution": (1, 2, 4, 8)}
 """Widths of the network, and sides of the pictures, in halves of the base's."""
+X_LABELS = {"parameters": "parameters", "resolution": "side in pixels", "batch": "images", "tokens": "T5 tokens of a prompt"}
 COLOURS = {"evaluation": "#1f5fa8", "training step": "#d1662b"}
 
 
@@ -92,6 +95,11 @@ def bench_growth(
         raise ValueError(f"--repeats={repeats} must be at least 1")
     if plot.suffix.lower() != ".png" or plot.is_dir():
         raise ValueError(f"--plot={str(plot)!r} must be a file whose name ends in .png")
+    try:  # before minutes are spent
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=plot.parent).close()
+    except OSError as error:
+        raise ValueError(f"--plot={str(plot)!r} cannot be written: {error.strerror}") from error
     deadline = time.monotonic() + 60 * minutes
     axes = growing(Work(size, BATCH, ENCODERS["t5"].max_tokens))
     makers = {"evaluation": _evaluation, "training step": _training_step}
@@ -128,8 +136,8 @@ def _parameters(size: Size) -> int:
 
 
 def _evaluation(work: Work, device: torch.device, compiled: bool) -> Callable[[], object]:
-    """As in sampling: bfloat16 weights, the prompt's projections made beforehand; what is compiled is replayed as a CUDA graph."""
-    network = own_network(work.size, device).eval().to(torch.bfloat16)
+    """As in sampling: weights in `default_dtype`, the prompt's projections made beforehand; compiled code is replayed as a CUDA graph."""
+    network = own_network(work.size, device).eval().to(default_dtype(device))
     x, sigma = noise_images(work.size, work.batch, device, 0), torch.tensor(1.0, dtype=torch.float64)  # as samplers give it
     with torch.no_grad():
         prepared = network.prepare(work.text(device))
@@ -192,8 +200,8 @@ def _peak(make: Callable[[], Callable[[], object]], before: int, device: torch.d
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """The CPU's allocator has no class of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """By its words: neither the CPU's allocator nor a compiler that runs out of memory has a class of its own for it."""
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED"))
 
 
 def _row(name: str, work: Work, parameters: int, cost: Cost) -> Row:
@@ -239,4 +247,13 @@ def _chart(
     if not any(line.points for line in series):
         return None
     full = [float(position) for position, work in works if any(costs[work, what].missing == "out of memory" for what in COLOURS)]
-    return Chart(f"Growing {axis}", axis, f"{unit}, logarithmic", series, [Marks("out of memory", full, "#c0202a")], log=True, log_x=True)
+    return Chart(
+        f"Growing {axis}",
+        X_LABELS[axis],
+        f"{unit}, logarithmic",
+        series,
+        [Marks("out of memory", full, "#c0202a")],
+        log=True,
+        log_x=True,
+        x_ticks=[float(f"{position:.3g}") for position, _ in works],
+    )

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import shutil
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from t2i_experts.bench.backbone import NAME, build_diffusers
+from t2i_experts.bench.children import end_with_parent
 from t2i_experts.bench.device import free
 from t2i_experts.config import RunConfig, load_config
 from t2i_experts.registry import registry
@@ -111,5 +113,15 @@ def _train(config: RunConfig) -> None:
         raise KeyboardInterrupt(f"stopped by {trainer.stopped_by.name}")
 
 
+def main(config: str, minutes: str) -> None:
+    """The process: its last line is what went wrong, if anything did."""
+    end_with_parent()
+    try:
+        train_for(load_config(config), float(minutes))
+    except Exception as error:
+        traceback.print_exception(error)
+        sys.exit(" ".join(str(error).split()) or type(error).__name__)
+
+
 if __name__ == "__main__":
-    train_for(load_config(sys.argv[1]), float(sys.argv[2]))
+    main(*sys.argv[1:])

@@ -192,15 +192,16 @@ def quality(
     config: Config,
     overrides: Overrides = None,
     minutes: Annotated[float, typer.Option(help="Of training steps, for each run; compiling, validation and saving come on top.")] = 4.0,
-    seeds: Annotated[int, typer.Option(help="Runs of each candidate.")] = 2,
+    seeds: Annotated[int, typer.Option(help="Runs of each candidate that count.")] = 2,
     rates: Annotated[
         str | None,
         typer.Option(
-            "--rates", metavar="RATE,RATE", help="Learning rates, of which the best counts; default: the config's.", show_default=False
+            "--rates", metavar="RATE,RATE", help="Learning rates, each tried in one run more; default: the config's.", show_default=False
         ),
     ] = None,
     baseline_rates: Annotated[
-        str | None, typer.Option("--baseline-rates", metavar="RATE,RATE", help="The same for the baseline.", show_default=False)
+        str | None,
+        typer.Option("--baseline-rates", metavar="RATE,RATE", help="The same for the baseline; default: --rates.", show_default=False),
     ] = None,
     variant: Annotated[
         list[str] | None,
@@ -221,7 +222,9 @@ def quality(
             show_default=False,
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="A folder that keeps the runs; default: they are removed.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A new folder that keeps the runs; default: they are removed.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Held-out loss after minutes of training on your shards, beside diffusers' U-Net of equal FLOPs in the same trainer."""
@@ -229,10 +232,11 @@ def quality(
     from t2i_experts.cli.config import check_parts
     from t2i_experts.config import load_config
 
-    check_parts(load_config(config, overrides or []))
     variants = dict(map(parse_variant, variant or []))
     if len(variants) < len(variant or []):
         raise ValueError(f"--variant={variant}: every one needs a name of its own")
+    for more in ((), *variants.values()):
+        check_parts(load_config(config, [*(overrides or []), *more]))
     settings = Settings(
         config,
         overrides or [],
@@ -242,7 +246,7 @@ def quality(
         parse_rates(baseline_rates, "--baseline-rates"),
         variants,
         not alone,
-        devices.split(",") if devices else [],
+        devices.split(",") if devices is not None else [],
         out,
     )
     result = bench_quality(settings, lambda line: typer.echo(line, err=True))

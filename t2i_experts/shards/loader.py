@@ -87,7 +87,7 @@ def open_loader(
     give_up: asked every second while a worker's batch does not come, and says whether the batches end before it. Without workers nobody
     is asked: who reads a batch can do nothing else until it is there.
 
-    Tensors in lists, tuples and dicts are in pinned memory where there is CUDA; another class of batch needs a method `pin_memory`.
+    Where there is CUDA, a batch that has a method `pin_memory`, as a tensor has, is in pinned memory.
     The workers start at once and stop with the iterator. No global random state is touched. ValueError as from `position_batches`
     and, when its batch is due, for a position at which the reader finds nothing to read.
     """

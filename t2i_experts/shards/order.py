@@ -11,6 +11,7 @@ import functools
 import hashlib
 import math
 from array import array
+from collections.abc import Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -41,18 +42,19 @@ class GlobalOrder:
             raise IndexError(f"position {position} is negative")
         if not isinstance(position, np.ndarray):
             epoch, point = divmod(int(position), self.samples)
-            rounds = _round_tables(self._name, epoch, self._a, self._b)
-            point = self._look_up(point, rounds)
+            rounds = _rounds(self._name, epoch, self._a, self._b)
+            point = self._encrypt(point, rounds)
             while point >= self.samples:
-                point = self._look_up(point, rounds)
+                point = self._encrypt(point, rounds)
             return point
-        epochs, points = np.divmod(position.astype(np.uint64), np.uint64(self.samples))
+        epochs, points = np.divmod(position.astype(np.int64), self.samples)
         for epoch in np.unique(epochs):
-            keys, todo = _round_keys(self._name, int(epoch)), epochs == epoch
+            numbers = _rounds(self._name, int(epoch), self._a, self._b)
+            arrays, todo = [(np.asarray(of_right), np.asarray(of_left)) for of_right, of_left in numbers], epochs == epoch
             while todo.any():
-                points[todo] = self._encrypt(points[todo], keys)
+                points[todo] = self._encrypt(points[todo], arrays)
                 todo &= points >= self.samples
-        return points.astype(np.int64)
+        return points
 
     def substitute(self, position: int, attempt: int) -> int:
         """The index to read instead at a position when `attempt` samples drawn for it (1 or more) could not be read.
@@ -62,22 +64,17 @@ class GlobalOrder:
         digest = hashlib.blake2b(f"{self._name}/{position}/substitute {attempt}".encode(), digest_size=16).digest()
         return int.from_bytes(digest, "little") % self.samples
 
-    def _look_up(self, point: int, rounds: tuple[tuple[array[int], array[int]], ...]) -> int:
-        """`_encrypt` of one point, whose hashes have been computed."""
+    def _encrypt(self, point: Any, rounds: Sequence[tuple[Any, Any]]) -> Any:
+        """A permutation of [0, a b): each round adds to one half a keyed hash of the other.
+
+        point: one or many; rounds: what `_rounds` gives, for many points as numpy's arrays.
+        """
         a, b = self._a, self._b
         left, right = divmod(point, b)
         for of_right, of_left in rounds:
             left = (left + of_right[right]) % a
             right = (right + of_left[left]) % b
         return left * b + right
-
-    def _encrypt(self, point: NDArray[Any], keys: tuple[int, ...]) -> NDArray[Any]:
-        """A permutation of [0, a b): each round adds to one half a keyed hash of the other."""
-        left, right = point // self._b, point % self._b
-        for i in range(0, _ROUNDS, 2):
-            left = (left + _mix(right ^ keys[i]) % self._a) % self._a
-            right = (right + _mix(left ^ keys[i + 1]) % self._b) % self._b
-        return left * self._b + right
 
 
 def _mix(x: NDArray[Any]) -> NDArray[Any]:
@@ -88,9 +85,10 @@ def _mix(x: NDArray[Any]) -> NDArray[Any]:
 
 
 @functools.lru_cache(maxsize=64)
-def _round_tables(name: str, epoch: int, a: int, b: int) -> tuple[tuple[array[int], array[int]], ...]:
+def _rounds(name: str, epoch: int, a: int, b: int) -> tuple[tuple[array[int], array[int]], ...]:
     """What each pair of rounds adds to a left half, for every right half, and the other way round: some sqrt(N) numbers a round."""
-    keys = _round_keys(name, epoch)
+    digest = hashlib.shake_256(f"{name}/{epoch}".encode()).digest(8 * _ROUNDS)
+    keys = [int.from_bytes(digest[i : i + 8], "little") for i in range(0, len(digest), 8)]
     lefts, rights = np.arange(a, dtype=np.uint64), np.arange(b, dtype=np.uint64)
     return tuple((_numbers(_mix(rights ^ keys[i]) % a), _numbers(_mix(lefts ^ keys[i + 1]) % b)) for i in range(0, _ROUNDS, 2))
 
@@ -98,12 +96,6 @@ def _round_tables(name: str, epoch: int, a: int, b: int) -> tuple[tuple[array[in
 def _numbers(values: NDArray[Any]) -> array[int]:
     """As an array of Python's own, whose items are read several times as fast as numpy's."""
     return array("I", values.astype(np.uint32).tobytes())
-
-
-@functools.lru_cache(maxsize=64)
-def _round_keys(name: str, epoch: int) -> tuple[int, ...]:
-    digest = hashlib.shake_256(f"{name}/{epoch}".encode()).digest(8 * _ROUNDS)
-    return tuple(int.from_bytes(digest[i : i + 8], "little") for i in range(0, len(digest), 8))
 
 
 def position_rng(seed: int, position: int, purpose: str) -> np.random.Generator:

@@ -2,7 +2,7 @@
 
 Each axis is a product with a matrix of weights in which only a band is not zero. Pixels and weights are whole numbers so small that
 floating point holds every sum of their products exactly: whatever adds them up, in whatever order, with however many threads, the pixels
-are the same.
+are the same. (Not if torch is told to multiply float32 in fewer bits, `set_float32_matmul_precision`, on a CPU that does: leave that.)
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ _Bands = tuple[tuple[slice, slice, NDArray[np.float32]], ...]
 
 
 def resample(pixels: NDArray[np.uint8], width: int, height: int, box: tuple[float, float, float, float]) -> NDArray[np.uint8]:
-    """(height, C, width) uint8: what lies in a box (left, top, right, bottom) of a picture, resized to at least an eighth.
+    """(height, width, C) uint8: what lies in a box (left, top, right, bottom) of a picture, resized to at least an eighth.
 
-    pixels: (H, C, W), row after row of each channel. The filter sees beyond the box, but not beyond the picture.
+    pixels: (H, W, C). The filter sees beyond the box, but not beyond the picture.
     """
     left, top, right, bottom = box
-    y, x = _seen(pixels.shape[0], height, top, bottom), _seen(pixels.shape[2], width, left, right)
-    pixels = pixels[y, :, x]
-    tall, channels, wide = pixels.shape
+    y, x = _seen(pixels.shape[0], height, top, bottom), _seen(pixels.shape[1], width, left, right)
+    pixels = pixels[y, x]
+    tall, wide, channels = pixels.shape
 
-    rows = np.empty((height, channels * wide), np.float32)
+    rows = np.empty((height, wide * channels), np.float32)
     for out, of, weights in _bands(tall, height, top - y.start, bottom - y.start, _ROWS_BITS):
-        _multiply(weights, pixels[of].astype(np.float32).reshape(-1, channels * wide), rows[out])
+        _multiply(weights, pixels[of].astype(np.float32).reshape(-1, wide * channels), rows[out])
     rows *= _FRACTION / 2**_ROWS_BITS
     np.rint(rows, out=rows)
 
-    rows = rows.reshape(height * channels, wide)
+    rows = rows.reshape(height, wide, channels).transpose(0, 2, 1).reshape(height * channels, wide)
     columns = np.empty((height * channels, width), np.float32)
     for out, of, weights in _bands(wide, width, left - x.start, right - x.start, _COLUMNS_BITS):
         _multiply(rows[:, of], weights.T, columns[:, out])
     columns *= 1 / (_FRACTION * 2**_COLUMNS_BITS)
     np.rint(columns, out=columns)
-    return columns.clip(0, 255, out=columns).astype(np.uint8).reshape(height, channels, width)
+    return columns.clip(0, 255, out=columns).astype(np.uint8).reshape(height, channels, width).transpose(0, 2, 1)
 
 
 def _multiply(a: NDArray[np.float32], b: NDArray[np.float32], out: NDArray[np.float32]) -> None:
@@ -63,7 +63,7 @@ def _seen(inputs: int, outputs: int, start: float, end: float) -> slice:
     return slice(max(0, math.floor(start - reach)), min(inputs, math.ceil(end + reach)))
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=512)  # pictures of many sizes share it; an entry takes some 300 bytes for each output
 def _bands(inputs: int, outputs: int, start: float, end: float, bits: int) -> _Bands:
     """How `outputs` pixels are made of those in [start, end) of `inputs`, band after band.
 
@@ -77,15 +77,16 @@ def _bands(inputs: int, outputs: int, start: float, end: float, bits: int) -> _B
     x = (places + 0.5 - centres[:, None]) / stretch
     weights = np.sinc(x) * np.sinc(x / _LOBES) * ((abs(x) < _LOBES) & (places >= 0) & (places < inputs))
     whole = np.rint(weights * (2**bits / weights.sum(axis=1, keepdims=True)))
-    whole[np.arange(outputs), whole.argmax(axis=1)] += 2**bits - whole.sum(axis=1)  # so that an even area keeps its value
+    rows = np.arange(outputs)
+    whole[rows, whole.argmax(axis=1)] += 2**bits - whole.sum(axis=1)  # so that an even area keeps its value
     assert abs(whole).sum(axis=1).max() <= 2 * 2**bits, "sums could be inexact"
 
     bands = []
     for begin in range(0, outputs, _BAND):
         out = slice(begin, min(begin + _BAND, outputs))
-        lowest, highest = places[out][0, 0], places[out][-1, -1]
+        lowest, highest = int(places[out][0, 0]), int(places[out][-1, -1])
         matrix = np.zeros((out.stop - begin, highest + 1 - lowest), np.float32)
-        np.put_along_axis(matrix, places[out] - lowest, whole[out], axis=1)
-        of = slice(max(0, int(lowest)), min(inputs, int(highest) + 1))
-        bands.append((out, of, np.ascontiguousarray(matrix[:, of.start - lowest : of.stop - lowest])))
+        matrix[rows[: len(matrix), None], places[out] - lowest] = whole[out]
+        of = slice(max(0, lowest), min(inputs, highest + 1))
+        bands.append((out, of, matrix[:, of.start - lowest : of.stop - lowest]))
     return tuple(bands)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import runpy
+import os
+import signal
+import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from t2i_experts.bench import backbone, device, quality, quality_run
+from t2i_experts.bench import backbone, quality, quality_run, trainings
 from t2i_experts.bench.backbone import NAME, TOLERANCE, Counterpart, as_diffusers, build_diffusers, counterpart
-from t2i_experts.bench.quality import Candidate, Outcome, Run, Settings, bench_quality, failures, parse_rates, parse_variant
+from t2i_experts.bench.quality import Settings, bench_quality, failures, parse_rates, parse_variant
 from t2i_experts.bench.quality_run import StepTime, step_time, train_for
-from t2i_experts.config import ResolutionSpec, RunConfig, StageConfig, load_config, to_yaml
+from t2i_experts.bench.quality_table import mean_rows
+from t2i_experts.bench.trainings import Candidate, Failed, Outcome, Run, Trained, train_all
+from t2i_experts.config import ResolutionSpec, RunConfig, StageConfig, load_config
 from t2i_experts.registry import Registry, registry
 from t2i_experts.training import tracking
 from t2i_experts.training.history import read_history
@@ -133,10 +139,10 @@ def test_variants_and_rates_are_read() -> None:
     text = "wide:stage.network.resolutions=[{channels: 8, blocks: 1}, {channels: 16, blocks: 2}],training.batch_size=8"
     assert parse_variant(text) == ("wide", tuple(text.removeprefix("wide:").rsplit(",", 1)))
     assert parse_rates("1e-3,5e-4", "--rates") == (1e-3, 5e-4) and parse_rates(None, "--rates") == ()
-    for wrong in ("wide", "wide:", ":a=b"):
+    for wrong in ("wide", "wide:", ":a=b", "a b:c=1", "../x:c=1"):
         with pytest.raises(ValueError, match="--variant="):
             parse_variant(wrong)
-    for wrong in ("fast", "1e-3,", "1e-3,0.001", "-1"):
+    for wrong in ("", "fast", "1e-3,", "1e-3,0.001", "-1"):
         with pytest.raises(ValueError, match="--rates="):
             parse_rates(wrong, "--rates")
 
@@ -146,19 +152,13 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is registered is forgotten afterwards; runs draw no charts of themselves, which take longer than they do."""
     monkeypatch.setattr(registry, "_parts", Registry()._parts)
     monkeypatch.setattr(tracking, "write_report", lambda root: None)
-    monkeypatch.setattr(device, "free", lambda device: None)
+    monkeypatch.setattr(quality_run, "free", lambda device: None)
+    monkeypatch.setattr(quality_run, "FIRST_STEPS", 3)
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-def test_a_schedule_is_drawn_together_to_the_time(
-    write_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_registry: None
-) -> None:
-    config = load_config(
-        write_config("run"), ["training.optimizer={schedule: linear, warmup_images: 16}", "training.preview.every_images=0"]
-    )
-    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "config.yaml"), "0.005"])
-    runpy.run_module("t2i_experts.bench.quality_run", run_name="__main__")
+def test_a_schedule_is_drawn_together_to_the_time(write_config: Any, tmp_path: Path, own_registry: None) -> None:
+    overrides = ["training.optimizer={schedule: linear, warmup_images: 16}", "training.preview.every_images=0"]
+    train_for(load_config(write_config("run"), overrides), 0.005)
     history = read_history(tmp_path / "run")
     found = step_time(history.events)
     assert 0.05 < found.seconds < 3, "0.3 s were asked for"
@@ -182,11 +182,12 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, own_registry: None) -> list
         try:
             train_for(config, minutes)
         except Exception as error:
-            quality._said(folder).write_text(f"Traceback\n{error}\n")
+            (folder / "output.txt").write_text(f"Traceback\n{error}\n")
             code = 1
         return SimpleNamespace(poll=lambda: code, returncode=code)
 
-    monkeypatch.setattr(quality, "_start", start)
+    monkeypatch.setattr(trainings, "_start", start)
+    monkeypatch.setattr(trainings, "end_child", lambda process: None)
     monkeypatch.setattr(quality_run, "_rehearse", lambda *_: 500.0)
     monkeypatch.setattr(quality, "own_flops", lambda stage: 10**6)
     monkeypatch.setattr(quality, "counterpart", lambda stage: Counterpart(as_diffusers(stage.network), 10**6, 10**6))
@@ -199,17 +200,20 @@ def test_candidates_differ_in_their_network_alone(write_config: Any, in_this_pro
     settings = Settings(write_config("run"), minutes=0.001, seeds=1, rates=[0.01], baseline_rates=[1e30, 1e-3], variants=variants)
     result = bench_quality(settings, told.append)
     rows = {row.name: row for row in result.rows}
-    runs = [f"{name}, seed 0" for name in ("diffusers, rate 0.001", "t2i-experts, rate 0.01", "weighted, rate 0.02")]
-    assert {*runs, "diffusers, rate 1e+30, seed 0"} == {name for name in rows if "seed" in name}
-    assert len(told) == 4 and sum("failed" in line for line in told) == 1
+    runs = [f"{name}, seed 1" for name in ("diffusers, rate 0.001", "t2i-experts, rate 0.01", "weighted, rate 0.02")]
+    trials = [f"diffusers, rate {rate}, trial" for rate in ("0.001", "1e+30")]
+    assert {*runs, *trials} == {name for name in rows if "mean" not in name}, "a rate is chosen by a run that does not count"
+    assert [line.split(":")[0] for line in told] == ["1 of 2", "2 of 2", "1 of 3", "2 of 3", "3 of 3"]
     (failed,) = failures(result)
-    assert failed.startswith("diffusers, rate 1e+30, seed 0: ") and "not finite" in failed
+    assert failed.startswith("diffusers, rate 1e+30, trial: ") and "not finite" in failed
     own, baseline = (rows[f"{name}, mean of 1"] for name in ("t2i-experts, rate 0.01", "diffusers, rate 0.001"))
     assert baseline.ratio is None and own.ratio == pytest.approx(own.more["images/s"] / baseline.more["images/s"])
     assert own.more["difference"] == pytest.approx(own.more["held-out loss"] - baseline.more["held-out loss"])
+    assert baseline.more["rate"] == "lowest tried" and "rate" not in own.more
     for name in runs:
         assert 0 < rows[name].more["held-out loss"] < 10 and rows[name].more["images seen"] == 32
-    theirs, ours, weighted = (next(c for c in in_this_process if key(c)) for key in (_is_baseline, _is_own, _is_weighted))
+    _, _, theirs, ours, weighted = in_this_process
+    assert theirs.stage.network.backbone == NAME and weighted.training.uncertainty_weighting
     training = replace(theirs.training, optimizer=replace(theirs.training.optimizer, learning_rate=0.01))
     assert replace(theirs, output="", stage=ours.stage, training=training) == replace(ours, output="")
     assert theirs.stage == replace(ours.stage, network=theirs.stage.network)
@@ -217,50 +221,107 @@ def test_candidates_differ_in_their_network_alone(write_config: Any, in_this_pro
     assert replace(weighted, output="", training=training) == replace(ours, output="")
 
 
-def _is_baseline(config: RunConfig) -> bool:
-    return config.stage.network.backbone == NAME
-
-
-def _is_weighted(config: RunConfig) -> bool:
-    return config.training.uncertainty_weighting
-
-
-def _is_own(config: RunConfig) -> bool:
-    return not (_is_baseline(config) or _is_weighted(config))
+def test_a_candidate_without_a_rate_at_which_it_learns_is_not_trained_again(write_config: Any, in_this_process: list[RunConfig]) -> None:
+    settings = Settings(write_config("run"), minutes=0.001, rates=[1e30, 1e35], baseline=False)
+    assert [row.name for row in bench_quality(settings).rows] == [f"t2i-experts, rate {rate}, trial" for rate in ("1e+30", "1e+35")]
 
 
 def test_losses_are_compared_by_the_spread_of_seeds() -> None:
-    candidates: list[Any] = [Candidate(name, None, (0.1, 0.2), 1) for name in ("a", "b")]  # type: ignore[arg-type]
-    losses = {("a", 0.1, 0): 1.0, ("a", 0.2, 0): 3.0, ("a", 0.1, 1): 2.0, ("b", 0.1, 0): 9.0, ("b", 0.2, 0): 0.5, ("b", 0.2, 1): 0.3}
-    steps = StepTime(100, 10.0, 0.0)
-    found = {
-        Run(c, rate, seed): Outcome(1.0, steps, losses[c.name, rate, seed]) for c in candidates for n, rate, seed in losses if n == c.name
-    }
-    best = {c.name: quality._best_rate(c, found) for c in candidates}
-    assert best == {"a": 0.1, "b": 0.2}
-    a, b = quality._summaries(candidates, best, found)
-    assert a.more["held-out loss"] == 1.5 and a.more["seeds +-"] == pytest.approx(0.5**0.5)
-    assert b.more["difference"] == pytest.approx(-1.1)
-    assert b.more["over spread"] == pytest.approx(-1.1 / ((0.5 + 0.02) / 2) ** 0.5)
+    a, b = candidates = [Candidate(name, None, (0.1, 0.2, 0.3), 1) for name in ("a", "b")]  # type: ignore[arg-type]
+    losses = {(a, 0.1, 0): 0.1, (a, 0.1, 1): 1.0, (a, 0.1, 2): 2.0, (b, 0.2, 0): 9.0, (b, 0.2, 1): 0.5, (b, 0.2, 2): 0.3}
+    found: dict[Run, Outcome] = {Run(*run): Trained(1.0, StepTime(100, 10.0, 0.0), loss, 0.1) for run, loss in losses.items()}
+    first, second = mean_rows(candidates, found)
+    assert first.name == "a, rate 0.1, mean of 2" and first.more["held-out loss"] == 1.5, "without the trial"
+    assert first.more["seeds +-"] == pytest.approx(0.5**0.5)
+    assert second.more["difference"] == pytest.approx(-1.1)
+    assert second.more["over spread"] == pytest.approx(-1.1 / ((0.5 + 0.02) / 2) ** 0.5)
+    assert first.more["rate"] == "lowest tried" and "rate" not in second.more
 
 
-def test_each_run_has_its_device_and_a_failing_one_says_why(write_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES" "$@"; echo "no memory" >&2; exit 3\n')
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
+@pytest.fixture
+def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes a shell script what processes are started with instead of Python."""
+
+    def write(script: str) -> None:
+        path = tmp_path / "python"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(path))
+
+    return write
+
+
+def test_each_run_has_its_device_and_a_failing_one_says_why(
+    write_config: Any, python: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python('echo "$CUDA_VISIBLE_DEVICES" "$@"; echo "no memory" >&2; exit 3')
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    run = Run(Candidate("broken", load_config(write_config("run")), (0.1,), 1), 0.1, 3)
-    (outcome,) = quality._side_by_side([run], ["1"], tmp_path, Settings("", minutes=2, out=tmp_path), lambda line: None).values()
-    assert outcome.steps is None and outcome.failure == "no memory"
+    candidate = Candidate("broken", load_config(write_config("run")), (0.1,), 1)
+    run = Run(candidate, 0.1, 3)
+    (outcome,) = train_all([run], ["1"], tmp_path, 2, keep=True, tell=lambda line: None).values()
+    assert isinstance(outcome, Failed) and outcome.why == "no memory"
     folder = tmp_path / "broken-rate-0.1-seed-3"
     said = (folder / "output.txt").read_text().splitlines()[0]
     assert said == f"7 -m t2i_experts.bench.quality_run {folder / 'config.yaml'} 2"
     training = load_config(folder / "config.yaml").training
     assert (training.seed, training.optimizer.learning_rate, training.device) == (3, 0.1, None)
-    with pytest.raises(ValueError, match=f"{folder} exists"):
-        quality._start(run, folder, "cpu", 2)
+    python("echo a warning; kill -9 $$")
+    (outcome,) = train_all([Run(candidate, 0.1, 4)], ["cpu"], tmp_path, 2, keep=False, tell=lambda line: None).values()
+    assert isinstance(outcome, Failed) and outcome.why == "ended by SIGKILL"
+    assert not list(tmp_path.glob("*seed-4"))
+
+
+def test_what_runs_ends_with_the_benchmark(write_config: Any, python: Any, tmp_path: Path) -> None:
+    """With all that it has started, when the benchmark is told to stop."""
+    python("sleep 100 & echo $! $$; wait")
+    run = Run(Candidate("long", load_config(write_config("run")), (0.1,), 1), 0.1, 1)
+    said = tmp_path / run.folder / "output.txt"
+
+    def stop() -> None:
+        while not (said.exists() and said.read_text().endswith("\n")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt, match="stopped by SIGTERM"):
+        train_all([run], ["cpu"], tmp_path, 2, keep=True, tell=lambda line: None)
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    for number in map(int, said.read_text().split()):
+        assert _ends(number)
+
+
+def test_a_run_ends_when_the_benchmark_is_killed(tmp_path: Path) -> None:
+    child = """
+import os, time
+from t2i_experts.bench.children import end_with_parent
+end_with_parent()
+print(os.getpid(), flush=True)
+time.sleep(100)
+"""
+    parent = f"""
+import os, sys, time
+from pathlib import Path
+from t2i_experts.bench.children import start_child
+output = Path({str(tmp_path / "output.txt")!r})
+start_child([sys.executable, "-c", {child!r}], os.environ, output)
+while not output.read_text().endswith("\\n"):
+    time.sleep(0.01)
+os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", parent]).returncode == -signal.SIGKILL
+    assert _ends(int((tmp_path / "output.txt").read_text()))
+
+
+def _ends(process: int) -> bool:
+    """Whether a process is gone within five seconds, or waits for nothing but to be asked how it ended."""
+    for _ in range(500):
+        status = Path(f"/proc/{process}/stat")
+        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def test_candidates_change_devices() -> None:
@@ -268,7 +329,7 @@ def test_candidates_change_devices() -> None:
     runs = [Run(candidate, 0.1, seed) for seed in (0, 1) for candidate in candidates]
 
     def shared(*devices: str) -> dict[str, list[str]]:
-        return {device: [f"{run.candidate.name}{run.seed}" for run in queue] for device, queue in quality._queues(runs, devices).items()}
+        return {device: [f"{run.candidate.name}{run.seed}" for run in queue] for device, queue in trainings._queues(runs, devices).items()}
 
     assert shared("0") == {"0": ["a0", "b0", "a1", "b1"]}
     assert shared("0", "1") == {"0": ["a0", "b1"], "1": ["b0", "a1"]}
@@ -281,6 +342,9 @@ def test_candidates_change_devices() -> None:
         ({"minutes": 0.0}, "--minutes=0.0"),
         ({"seeds": 0}, "--seeds=0"),
         ({"devices": ["tpu"]}, "--devices='tpu'.*cpu"),
+        ({"devices": ["cpu", "0"]}, "--devices='cpu,0'"),
+        ({"out": Path(__file__)}, "--out=.*exists"),
+        ({"out": Path(__file__).parent}, "--out=.*exists"),
         ({"overrides": ["output=x"]}, "output=x' would be ignored"),
         ({"overrides": ["training.validation={every_images: 3}"]}, "would be ignored"),
         ({"overrides": ["training={seed: 3}"]}, "the benchmark decides training.seed"),
@@ -289,7 +353,7 @@ def test_candidates_change_devices() -> None:
         ({"overrides": [OTHER_NETWORK]}, "backbone='other'.*--alone"),
         ({"baseline": False, "baseline_rates": [1.0]}, "--baseline-rates"),
         ({"baseline": False, "variants": {"loud": ["stage.noise.std=2"]}}, "--variant loud: .*held-out loss"),
-        ({"baseline": False, "variants": {"other": ["training.validation={images: 3}"]}}, "--variant other: training.validation.images"),
+        ({"baseline": False, "variants": {"other": ["training.validation={images: 3}"]}}, "--variant other: training.validation changes"),
         ({"baseline": False, "variants": {"odd": ["training.colour=2"]}}, "--variant odd: .*colour"),
         ({"baseline": False, "variants": {"diffusers": ["training.batch_size=2"]}}, "taken"),
     ],

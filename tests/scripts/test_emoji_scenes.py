@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import random
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -368,3 +369,30 @@ def test_sizes_agree(emoji: Any, art: Any) -> None:
         assert small.captions == large.captions
         for a, b in zip(small.objects, large.objects, strict=True):
             assert np.abs(np.array(a.box) - np.array(b.box) / 4).max() <= 1.5
+
+
+def test_what_a_prompt_of_the_judge_claims_holds_of_its_scene(emoji: Any, art: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from t2i_experts.evaluation.composition import scene_claims
+
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import judge_prompts
+
+    held_out = emoji.composer.HeldOut(
+        frozenset({("owl", "flat")}), frozenset({("owl", "purple"), ("apple", "blue")}), frozenset({frozenset({"robot", "pizza"})})
+    )
+    kinds: set[str] = set()
+    claimed: set[str] = set()
+    for split in ("held-out", "validation"):
+        composer = emoji.composer.Composer(art, split=split, size=64, held_out=held_out)
+        for index in range(60):
+            scene = composer.compose(index)
+            made = judge_prompts.prompt(scene.description, split, random.Random(index))
+            true = {(claim.category, *claim.words) for claim in scene_claims(scene.metadata())}
+            assert {tuple(claim) for claim in made["claims"]} <= true, made
+            things = scene.description.things
+            assert sum(claim[0] == "colour" for claim in made["claims"]) == sum(thing.recoloured for thing in things), made
+            kinds.add(judge_prompts.kind(scene.description, composer))
+            claimed |= {claim[0] for claim in made["claims"]}
+    assert kinds == set(judge_prompts.KINDS)
+    assert claimed == {"object", "style", "colour", "count", "left", "right", "above", "below", "background"}
+    del sys.modules["judge_prompts"]

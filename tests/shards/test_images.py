@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from t2i_experts.shards import transforms
 from t2i_experts.shards.images import centre_crop, image_size, prepare, square, upright_size, verify
 from t2i_experts.shards.transforms import decode_image
 
@@ -92,6 +93,20 @@ def test_a_picture_that_is_much_too_large(encode: Encode) -> None:
         found = decode_image(data, *shape).permute(1, 2, 0).numpy().astype(int)
         assert np.abs(found - np.asarray(centre_crop(data, *shape))).max() <= 2
     assert (decode_image(encode(5, (300, 290)), 16).permute(1, 2, 0).numpy() == pixels(encode(5, (300, 290)), 16)).all()
+
+
+def test_a_huge_picture_is_resized_without_a_copy(encode: Encode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Pillow, where it lies; also one of which a part has the size wanted."""
+    arrays, as_array = [], np.asarray
+    monkeypatch.setattr(transforms, "_MOST_PIXELS", 5000)
+    for size in ((90, 81), (400, 32)):
+        data = encode(4, size)
+        expected = pixels(data, 32)
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "asarray", lambda image: arrays.append(image.size) or as_array(image))
+            found = decode_image(data, 32)
+        assert (found.permute(1, 2, 0).numpy() == expected).all()
+    assert arrays == [(32, 32)] * 2
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -10,18 +10,18 @@ from t2i_experts.shards.resample import _bands, resample
 
 
 def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
-    """(height, 3, width) uint8: noise on something smooth."""
+    """(height, width, 3) uint8: noise on something smooth."""
     rng = np.random.default_rng(seed)
     smooth = np.asarray(Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC))
-    return (smooth + rng.normal(0, 20, smooth.shape)).clip(0, 255).astype(np.uint8).transpose(0, 2, 1).copy()
+    return (smooth + rng.normal(0, 20, smooth.shape)).clip(0, 255).astype(np.uint8)
 
 
 def in_float(pixels: np.ndarray, width: int, height: int, box: tuple[float, float, float, float]) -> np.ndarray:
     """Pillow's own in floating point, which is not rounded between the axes."""
     bands = [
-        Image.fromarray(band.astype(np.float32)).resize((width, height), Image.Resampling.LANCZOS, box) for band in pixels.swapaxes(0, 1)
+        Image.fromarray(band).resize((width, height), Image.Resampling.LANCZOS, box) for band in pixels.T.swapaxes(1, 2).astype(np.float32)
     ]
-    return np.stack([np.asarray(band) for band in bands], axis=1).clip(0, 255)
+    return np.stack([np.asarray(band) for band in bands], axis=-1).clip(0, 255)
 
 
 @pytest.mark.parametrize(("size", "wanted", "box"), [
@@ -32,20 +32,20 @@ def in_float(pixels: np.ndarray, width: int, height: int, box: tuple[float, floa
 def test_it_is_the_filter_of_pillow(size: tuple[int, int], wanted: tuple[int, int], box: tuple[float, float, float, float]) -> None:
     pixels = picture(*size)
     found = resample(pixels, *wanted, box)
-    assert found.shape == (wanted[1], 3, wanted[0]) and found.dtype == np.uint8
+    assert found.shape == (wanted[1], wanted[0], 3) and found.dtype == np.uint8
     assert np.abs(found - in_float(pixels, *wanted, box)).max() <= 0.75  # 0.5 is what rounding costs
 
 
 def test_even_areas_keep_their_value_and_whole_steps_copy() -> None:
     for value in (0, 1, 77, 254, 255):
-        assert (resample(np.full((37, 1, 50), value, np.uint8), 19, 23, (2.5, 0, 45, 37)) == value).all()
+        assert (resample(np.full((37, 50, 1), value, np.uint8), 19, 23, (2.5, 0, 45, 37)) == value).all()
     pixels = picture(30, 20)
-    assert (resample(pixels, 16, 12, (3, 5, 19, 17)) == pixels[5:17, :, 3:19]).all()
+    assert (resample(pixels, 16, 12, (3, 5, 19, 17)) == pixels[5:17, 3:19]).all()
 
 
 def test_no_sum_is_ever_rounded() -> None:
     """So neither threads, nor the library, nor where the picture stands in memory can change a pixel; checked with whole numbers."""
-    pixels = np.where(np.random.default_rng(0).random((260, 3, 300)) < 0.5, 0, 255).astype(np.uint8)  # the largest sums
+    pixels = np.where(np.random.default_rng(0).random((260, 300, 3)) < 0.5, 0, 255).astype(np.uint8)  # the largest sums
 
     def matrix(inputs: int, start: float, end: float, bits: int) -> np.ndarray:
         found = np.zeros((64, inputs), np.int64)
@@ -56,8 +56,8 @@ def test_no_sum_is_ever_rounded() -> None:
         return found
 
     rows, columns = matrix(260, 0, 260, 14), matrix(300, 20.5, 280.5, 11)
-    between = np.rint(np.einsum("oh,hcw->ocw", rows, pixels.astype(np.int64)) * 8 / 2**14).astype(np.int64)
-    expected = np.rint((between @ columns.T) / (8 * 2**11)).clip(0, 255)
+    between = np.rint(np.einsum("oh,hwc->owc", rows, pixels.astype(np.int64)) * 8 / 2**14).astype(np.int64)
+    expected = np.rint(np.einsum("ow,hwc->hoc", columns, between) / (8 * 2**11)).clip(0, 255)
     assert (resample(pixels, 64, 64, (20.5, 0, 280.5, 260)) == expected).all()
 
 
@@ -65,7 +65,7 @@ def test_a_box_of_fractions_at_the_limit_is_resized() -> None:
     """What is an eighth by the box may be a little less once the part that is seen has been cut out."""
     for i in range(300):
         left = i / 7
-        assert resample(np.full((8, 1, 300), 9, np.uint8), 31, 1, (left, 0, left + 31 * 8, 8)).max() == 9
+        assert resample(np.full((8, 300, 1), 9, np.uint8), 31, 1, (left, 0, left + 31 * 8, 8)).max() == 9
 
 
 def test_the_weights_of_any_size_are_small_enough() -> None:

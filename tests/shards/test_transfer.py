@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from dataclasses import dataclass
+from multiprocessing import connection
 from typing import Any
 
 import pytest
@@ -63,6 +67,10 @@ def test_only_large_tensors_travel_apart_and_parts_take_no_more_than_they_show()
 def test_a_batch_that_arrives_is_pinned() -> None:
     assert pack(Parts(("a",), {})).pin_memory() == Parts(("a", "pinned"), {})
     assert pack([1, "a"]).pin_memory() == [1, "a"]
+    packed = pack(torch.ones(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "pin_memory", lambda self: self + 1)
+        assert packed.pin_memory().item() == 2
 
 
 class Positions:
@@ -76,6 +84,27 @@ class Positions:
 
 def collate(positions: Any) -> dict[str, Tensor]:
     return {"small": torch.tensor(positions), "large": torch.full((2**20,), positions[0], dtype=torch.uint8)}
+
+
+def collate_in_a_worker_that_sends_only_short_messages(positions: Any) -> Tensor:
+    """A longer one than 4096 bytes (PIPE_BUF), which a pipe may take bit by bit, kills it in between."""
+    write = connection.Connection._write
+
+    def short(handle: int, data: Any) -> int:
+        if len(data) > 4096:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(handle, data)
+
+    connection.Connection._send.__defaults__ = (short,)
+    return torch.ones(900_000, dtype=torch.uint8)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into multiprocessing's pipes")
+def test_a_worker_that_is_killed_leaves_no_half_of_a_message() -> None:
+    """The thread that pins memory would wait for the rest for ever, and torch, ending the workers, for that thread."""
+    options: dict[str, Any] = {"start": 0, "stop": 8, "batch_size": 2, "accumulation": 1, "rank": 0, "world_size": 1, "workers": 1}
+    batches = open_loader(Positions(), collate_in_a_worker_that_sends_only_short_messages, **options)
+    assert [batch.sum().item() for batch in batches] == [900_000] * 4
 
 
 def fail(positions: Any) -> Any:

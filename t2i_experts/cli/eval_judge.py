@@ -1,0 +1,117 @@
+"""`t2i-experts eval judge`: does a model draw what its prompts say? A detector that knows emoji scenes looks."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from t2i_experts.cli.importing import without_collecting
+from t2i_experts.cli.options import Json, complete_model, complete_sampler
+from t2i_experts.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from t2i_experts.evaluation.judging import Judged
+
+DTYPES = ("float32", "bfloat16")
+_SHOWN = 96  # pictures on the sheet
+
+
+def judge(
+    model: Annotated[
+        str | None, typer.Option(help="A model folder or hub id; default: the embedded model.", autocompletion=complete_model)
+    ] = None,
+    judge: Annotated[str, typer.Option(help="A judge's folder, as scripts/train_judge.py writes it.")] = "embedded:judge",
+    num: Annotated[int, typer.Option(help="Prompts, with one picture each.")] = 200,
+    seed: Annotated[int, typer.Option(help="Chooses the prompts and the noise.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="euler, heun or dpmpp_2m.", autocompletion=complete_sampler)] = None,
+    threshold: Annotated[float | None, typer.Option(help="Percentile of dynamic thresholding, such as 0.995; 0 is none.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures that are computed together.")] = 64,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: bfloat16 where the device computes in it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="New folder for the pictures, a sheet of them with verdicts, and result.json.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw emoji scenes from prompts and count which claims of the prompts hold.
+
+    A claim is one thing that a prompt says: an object, its colour, how often, left of, right of, above, below, the style, the background.
+    The judge, a small detector, says what it sees; what it confirms and rejects on real scenes stands beside every score. Four of each ten
+    prompts ask for combinations that the training scenes never show.
+    """
+    from t2i_experts.config import SamplingConfig, check_sampling, check_threshold
+    from t2i_experts.registry import registry
+
+    for name, value in (("num", num), ("batch-size", batch_size)):
+        if value < 1:
+            raise ValueError(f"--{name}={value} must be at least 1")
+    if seed < 0:
+        raise ValueError(f"--seed={seed} must not be negative")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out={out} exists already: name a new folder")
+    given: dict[str, Any] = {"steps": steps, "guidance": guidance, "sampler": sampler, "threshold": threshold}
+    check_sampling(SamplingConfig(**{name: value for name, value in given.items() if value is not None}), "--")
+    if sampler is not None:
+        registry.check("sampler", sampler)
+
+    with without_collecting():
+        import torch
+
+        from t2i_experts import __version__
+        from t2i_experts.cascade.pipeline import CascadePipeline
+        from t2i_experts.config import to_plain
+        from t2i_experts.evaluation.composition import load_prompts
+        from t2i_experts.evaluation.judge import load_judge
+        from t2i_experts.evaluation.judging import draw_and_judge, table
+
+    started = time.monotonic()
+    trained = load_judge(judge)
+    pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
+    settings = pipeline.settings(**given)
+    check_threshold(settings.threshold, pipeline.base.config.codec, "--")
+    trained.network.to(pipeline.device)
+    with progress_bar("drawing") as progress:
+        judged = draw_and_judge(
+            pipeline, trained, load_prompts(num, seed), seed=seed, sampling=settings, batch_size=batch_size, progress=progress
+        )
+    result = {
+        "scores": judged.scores(),
+        "by_split": {split: judged.scores(split) for split in ("held-out", "validation")},
+        "judge": {"source": judge, "fingerprint": trained.fingerprint, "accuracy": trained.accuracy},
+        "num": num,
+        "seed": seed,
+        "sampling": to_plain(settings),
+        "model": {"source": pipeline.model.source, "fingerprint": pipeline.model.fingerprint},
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "device": pipeline.device.type,
+        "t2i_experts": __version__,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    if out is not None:
+        _write(out, judged, result)
+    typer.echo(json.dumps(result, ensure_ascii=False) if as_json else table(judged, trained))
+
+
+def _write(folder: Path, judged: Judged, result: dict[str, Any]) -> None:
+    """The pictures, NUMBER-PROMPT.png, sheet.png and result.json with the verdict on each picture."""
+    from t2i_experts.cascade.picture import save_png, to_pil
+    from t2i_experts.charts import draw_captioned
+    from t2i_experts.cli.generate import make_folder, slug
+
+    make_folder(folder)
+    facts = {key: result[key] for key in ("seed", "sampling", "model", "dtype", "device", "t2i_experts")}
+    pictures = []
+    for i, (image, verdict) in enumerate(zip(judged.images, judged.verdicts(), strict=True)):
+        name = f"{i:05d}-{slug(verdict['prompt'])}.png"
+        save_png(to_pil(image), folder / name, {"prompt": verdict["prompt"], "index": i, **facts})
+        pictures.append({"picture": name, **verdict})
+    shown = [(to_pil(image), caption) for image, caption in zip(judged.images[:_SHOWN], judged.captions()[:_SHOWN], strict=True)]
+    draw_captioned(shown, columns=8, side=160, lines=8).save(folder / "sheet.png")
+    text = json.dumps({**result, "pictures": pictures}, ensure_ascii=False)
+    (folder / "result.json").write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,111 @@
+"""A model's pictures before the judge: drawn for prompts whose claims are known, and scored beside the judge's accuracy on real scenes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2i_experts.cascade.pipeline import CascadePipeline
+from t2i_experts.config import SamplingConfig
+from t2i_experts.evaluation.composition import Claim, Prompt, holds, scores
+from t2i_experts.evaluation.judge import Judge, Reading
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Pictures, (N, 3, H, W) uint8, with the prompts that they were drawn for and what the judge sees in them."""
+
+    prompts: Sequence[Prompt]
+    images: Tensor
+    readings: Sequence[Reading]
+
+    def scores(self, split: str | None = None) -> dict[str, dict[str, Any]]:
+        """The scores by category, of all pictures or those of one split, as plain numbers."""
+        chosen = [(p.claims, r) for p, r in zip(self.prompts, self.readings, strict=True) if split in (None, p.split)]
+        made = scores([claims for claims, _ in chosen], [reading for _, reading in chosen])
+        return {category: asdict(score) for category, score in made.items()}
+
+    def verdicts(self) -> list[dict[str, Any]]:
+        """Of each picture: its prompt, the claims with whether they hold, and what the judge sees."""
+        return [
+            {
+                "prompt": prompt.text,
+                "split": prompt.split,
+                "claims": [[*_plain(claim), holds(claim, reading)] for claim in prompt.claims],
+                "reading": asdict(reading),
+            }
+            for prompt, reading in zip(self.prompts, self.readings, strict=True)
+        ]
+
+    def captions(self) -> list[str]:
+        """Of each picture: its prompt, which claims do not hold, and what is seen, on a line each."""
+        return [_caption(prompt, reading) for prompt, reading in zip(self.prompts, self.readings, strict=True)]
+
+
+def draw_and_judge(
+    pipeline: CascadePipeline,
+    judge: Judge,
+    prompts: Sequence[Prompt],
+    *,
+    seed: int = 0,
+    sampling: SamplingConfig | None = None,
+    batch_size: int = 64,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> Judged:
+    """Draws one picture for each prompt, picture i out of the noise of (seed, i), and shows them to the judge.
+
+    progress: called with the number of pictures that are drawn, and that of all.
+    """
+    batches = []
+    for start in range(0, len(prompts), batch_size):
+        indices = range(start, min(start + batch_size, len(prompts)))
+        batches.append(pipeline([prompts[i].text for i in indices], seed=seed, indices=indices, sampling=sampling))
+        if progress is not None:
+            progress(indices.stop, len(prompts))
+    images = torch.cat(batches)
+    return Judged(prompts, images, judge(images))
+
+
+def table(judged: Judged, judge: Judge) -> str:
+    """The scores in per cent with their standard errors, and the judge's own accuracy on real scenes, as text.
+
+    where shown: among the cases whose objects the judge finds. unseen: of prompts for combinations that the training scenes never show.
+    """
+    own = judge.accuracy.get("all", {}).get("categories", {})
+    unseen = judged.scores("held-out")
+    rows: list[tuple[str, ...]] = [("", "right", "cases", "where shown", "unseen", "judge confirms", "judge rejects")]
+    for category, score in judged.scores().items():
+        rows.append(
+            (
+                category,
+                _share(score),
+                str(score["cases"]),
+                "" if score["shown"] is None or category == "object" else f"{100 * score['shown']:.1f}",
+                _share(unseen[category]) if category in unseen else "",
+                *(f"{100 * own[category][key]:.1f}" if category in own else "" for key in ("confirmed", "rejected")),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _share(score: dict[str, Any]) -> str:
+    return f"{100 * score['right']:.1f} ± {100 * score['standard_error']:.1f}"
+
+
+def _plain(claim: Claim) -> list[str]:
+    return [claim.category, *claim.words]
+
+
+def _caption(prompt: Prompt, reading: Reading) -> str:
+    wrong = [" ".join(_plain(claim)) for claim in prompt.claims if not holds(claim, reading)]
+    seen = ", ".join(" ".join(filter(None, (found.colour, found.name))) for found in reading.objects) or "nothing"
+    verdict = f"NOT {'; '.join(wrong)}" if wrong else "all right"
+    return f"{prompt.text}\n{verdict}\nseen: {seen}; {reading.style or 'no style'}; {' '.join(reading.background)}"

@@ -1,0 +1,73 @@
+"""`t2i-experts eval judge` with a model and a judge of random weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from t2i_experts.cascade.picture import read_metadata
+from t2i_experts.evaluation.composition import load_prompts
+from t2i_experts.evaluation.judge import Judge, JudgeConfig, JudgeNetwork, save_judge
+
+CLI = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = JudgeConfig(("owl", "cat"), ("3D", "flat"), ("red",), ("white", "pink"), channels=8, blocks=1, threshold=0.05)
+    torch.manual_seed(0)
+    own = {"all": {"categories": {"style": {"confirmed": 0.987, "rejected": 0.654, "cases": 9}}}}
+    folder = tmp_path_factory.mktemp("judge")
+    save_judge(Judge(words, JudgeNetwork(words), own), folder)
+    return folder
+
+
+def test_the_scores_stand_beside_the_judges_accuracy(cli: CLI, judge: Path, model_folder: Path, tmp_path: Path) -> None:
+    options = ["--model", model_folder, "--judge", judge, "--num", 12, "--seed", 3, "--steps", 2, "--device", "cpu", "--batch-size", 5]
+    code, out, _ = cli("eval", "judge", *options, "--out", tmp_path / "judged", "--json")
+    result = json.loads(out)
+    prompts = load_prompts(12, seed=3)
+    assert code == 0 and result["scores"]["style"]["cases"] == 12
+    assert result["scores"]["object"]["cases"] == sum(claim.category == "object" for prompt in prompts for claim in prompt.claims)
+    assert sum(scores["style"]["cases"] for scores in result["by_split"].values()) == 12
+    assert result["judge"]["accuracy"]["all"]["categories"]["style"]["confirmed"] == 0.987
+    assert result["sampling"]["steps"] == 2 and result["model"]["fingerprint"] and result["seed"] == 3
+
+    kept = json.loads((tmp_path / "judged/result.json").read_text(encoding="utf-8"))
+    assert kept["scores"] == result["scores"] and [one["prompt"] for one in kept["pictures"]] == [prompt.text for prompt in prompts]
+    verdicts = [claim[-1] for one in kept["pictures"] for claim in one["claims"] if claim[0] == "style"]
+    assert sum(verdicts) / 12 == pytest.approx(result["scores"]["style"]["right"])
+    for i, one in enumerate(kept["pictures"]):
+        facts = read_metadata(tmp_path / "judged" / one["picture"])
+        assert facts is not None and (facts["prompt"], facts["index"], facts["seed"]) == (one["prompt"], i, 3)
+    assert Image.open(tmp_path / "judged/sheet.png").width > 1000
+
+    code, out, _ = cli("eval", "judge", *options, "--batch-size", 12)
+    assert code == 0 and "98.7" in out and "65.4" in out and "all of the prompt" in out
+    share = f"{100 * result['scores']['style']['right']:.1f}"
+    assert next(line for line in out.splitlines() if line.startswith("style")).split()[1] == share
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--num", "0"], "--num=0"),
+        (["--seed", "-1"], "--seed=-1"),
+        (["--dtype", "float16"], "--dtype='float16'"),
+        (["--judge", "nowhere"], "judge='nowhere' is no folder with judge.json"),
+        (["--out", "{full}"], "name a new folder"),
+        (["--steps", "0"], "--steps=0"),
+        (["--sampler", "ddim"], "ddim"),
+    ],
+)
+def test_what_is_wrong_is_said(cli: CLI, judge: Path, model_folder: Path, tmp_path: Path, options: list[str], said: str) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    options = [option.format(full=tmp_path / "full") for option in options]
+    code, out, err = cli("eval", "judge", "--model", model_folder, "--judge", judge, *options)
+    assert code == 2 and out == "" and said in err
