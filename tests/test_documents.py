@@ -61,6 +61,8 @@ def lines() -> Iterator[Line]:
         sentences = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
         for quoted in re.findall(r"`([^`\n]+ [^`\n]+)`", sentences):
             first = quoted.split()[0]
+            if quoted.startswith('eval "$('):  # the shell's own
+                continue
             if first in ("t2i-experts", "python", "bash", "accelerate") or first.startswith("scripts/") or first in COMMANDS:
                 yield Line(page, quoted, False)
     for config in sorted((ROOT / "configs").rglob("*.yaml")):

@@ -19,6 +19,7 @@ from PIL import Image
 import t2i_experts
 from t2i_experts.cascade.pipeline import CascadePipeline
 from t2i_experts.config import load_config
+from t2i_experts.evaluation.features import FeatureOptions, load_features
 from t2i_experts.registry import Registry
 from t2i_experts.training.trainer import train
 
@@ -64,6 +65,7 @@ def test_they_are_listed(t2i: Installed) -> None:
         ("source", "colon"): "sampling",
         ("backbone", "mixer"): "networks",
         ("codec", "pooled"): "networks",
+        ("features", "brightness"): "networks",
         ("command", "mixer"): "networks",
     }
 
@@ -102,6 +104,19 @@ def test_shards_are_built_from_their_source(t2i: Installed, tmp_path: Path) -> N
     assert built["skipped"] == {"line without a caption": {"count": 1, "first": ["nothing"]}}
     shown = t2i("shards", "show", tmp_path / "data", 1, "--json")
     assert json.loads(shown.stdout)["captions"] == ["all: green"]
+
+
+def test_pictures_are_compared_by_their_features(t2i: Installed, tmp_path: Path) -> None:
+    for folder, colours in (("dark", ("#000000", "#202020")), ("light", ("#404040", "#606060"))):
+        (tmp_path / folder).mkdir()
+        for i, colour in enumerate(colours):
+            Image.new("RGB", (8 + i, 8), colour).save(tmp_path / folder / f"{i}.png")
+    done = t2i("eval", "fid", tmp_path / "dark", tmp_path / "light", "--features", "brightness", "--device", "cpu", "--json")
+    record = json.loads(done.stdout)
+    assert record["distance"] == pytest.approx(64**2)
+    assert record["features"]["name"] == "brightness distance"
+    wrong = t2i("eval", "fid", tmp_path / "dark", tmp_path / "light", "--features", "brightness", "--weights", "x", code=2)
+    assert "--weights='x' does not apply to --features brightness; it has no options" in wrong.stderr
 
 
 @pytest.mark.slow
@@ -186,3 +201,19 @@ def test_the_codec_of_the_page_trains_and_draws(
     images = torch.rand(2, 3, 16, 16)
     codec = pipeline.base.codec
     assert torch.equal(codec.decode(codec.encode(images)), images)
+
+
+def test_the_features_of_the_page_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "t2i_experts" / "PLUGINS.md").read_text(encoding="utf-8")
+    (block,) = (text for text in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "class ColourFeatures" in text)
+    registry, names = Registry(plugins=()), dict[str, Any]()
+    exec(block, names)
+    names["register"](registry)
+    monkeypatch.setattr("t2i_experts.evaluation.features.registry", registry)
+    extractor = load_features("colours", FeatureOptions(), "cpu")
+    images = torch.arange(2 * 3 * 6 * 4, dtype=torch.uint8).view(2, 3, 6, 4)
+    features = extractor.encode(extractor.prepare(images))
+    assert features.shape == (2, extractor.dimension)
+    assert features[0, 0] == images[0, 0, :3, :2].float().mean()
+    with pytest.raises(ValueError, match="--weights='x' does not apply"):
+        load_features("colours", FeatureOptions(weights="x"), "cpu")

@@ -61,7 +61,9 @@ def test_a_name_is_checked_without_importing_its_part() -> None:
 def test_an_unknown_kind_is_refused_by_every_door() -> None:
     registry = Registry()
     for door in (lambda: registry.add("smapler", "x", dict), lambda: registry.get("smapler", "x"), lambda: registry.names("smapler")):
-        with pytest.raises(ValueError, match=r"kind of part 'smapler'; allowed: backbone, codec, command, encoder, sampler, source"):
+        with pytest.raises(
+            ValueError, match=r"kind of part 'smapler'; allowed: backbone, codec, command, encoder, features, sampler, source"
+        ):
             door()
 
 

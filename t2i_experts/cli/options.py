@@ -46,6 +46,13 @@ def complete_sampler(incomplete: str) -> list[str]:
     return [name for name in registry.names("sampler") if name.startswith(incomplete)]
 
 
+def complete_features(incomplete: str) -> list[str]:
+    """The networks whose features metrics compare, plugins' too."""
+    from t2i_experts.registry import registry
+
+    return [name for name in registry.names("features") if name.startswith(incomplete)]
+
+
 def _paths(incomplete: str, pattern: str) -> list[str]:
     return sorted(glob.glob(glob.escape(incomplete) + pattern))
 

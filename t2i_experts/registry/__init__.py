@@ -59,6 +59,11 @@ BUILT_IN: Mapping[str, Mapping[str, str] | str] = {
         "pixel": "t2i_experts.cascade.codec:PixelCodec",
         "autoencoder_kl": "t2i_experts.cascade.autoencoder_kl:AutoencoderKLCodec",
     },
+    "features": {
+        "inception": "t2i_experts.evaluation.features:InceptionFeatures",
+        "squeezenet": "t2i_experts.evaluation.features:SqueezeNetFeatures",
+        "open_clip": "t2i_experts.evaluation.features:OpenCLIPFeatures",
+    },
     "command": "t2i_experts.cli.app:COMMANDS",
 }
 """Kind -> name -> "module:attribute", imported when it is asked for, so that listing names costs nothing. Commands have their table."""

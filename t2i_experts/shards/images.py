@@ -111,6 +111,15 @@ def decode(data: bytes, width: int, height: int) -> Image.Image:
         return image if turn is None else image.transpose(turn)
 
 
+def whole(data: bytes) -> Image.Image:
+    """The picture at its own size, upright and RGB, transparency on white; any format that `shards build` takes. Raises ValueError."""
+    with open_image(data, (*_READ, *CONVERTED)) as image:
+        image.load()
+        turn = _turn(image)
+        image = _opaque(_eight_bit(image))
+        return image if turn is None else image.transpose(turn)
+
+
 def centre_box(size: tuple[int, int], width: int, height: int) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) of the largest part with the shape of width x height, in the centre of a picture of some size."""
     part_width, part_height = min(size[0], size[1] * width / height), min(size[1], size[0] * height / width)

@@ -235,6 +235,7 @@ def test_fifty_kills_at_random_moments_change_nothing(write_config: WriteConfig,
         started = time.monotonic()
         process.start()
         while not kills and not names(root):  # how long it takes to the first checkpoint, on this machine
+            assert process.is_alive(), "it ends before its first checkpoint"
             time.sleep(0.01)
             first = time.monotonic() - started
         process.join(None if kills >= 50 else generator.uniform(0.1, 1.5) * first if kills else 0)

@@ -1,4 +1,4 @@
-"""A plugin that is an object of a package, with a backbone, a codec and a group of commands, which are imported when they are used."""
+"""A plugin that is an object of a package, with a backbone, a codec, features and a group of commands, imported when they are used."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ class _Plugin:
     def register(self, registry: Any) -> None:
         registry.add("backbone", "mixer", "t2i_example_networks.mixer:build")
         registry.add("codec", "pooled", "t2i_example_networks.pooled:PooledCodec")
+        registry.add("features", "brightness", "t2i_example_networks.brightness:BrightnessFeatures")
         registry.add("command", "mixer", LazyCommand("t2i_example_networks.command:app", "What a mixer is."))
 
 

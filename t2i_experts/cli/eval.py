@@ -1,0 +1,12 @@
+"""`t2i-experts eval`: what pictures are worth, as numbers with their whole protocol; one module a sub-command."""
+
+from __future__ import annotations
+
+from t2i_experts.cli.eval_fid import fid
+from t2i_experts.cli.eval_judge import judge
+from t2i_experts.cli.options import group
+
+app = group("eval", "Measure what pictures are worth, with all that it takes to repeat a number.")
+
+app.command()(fid)
+app.command()(judge)

@@ -1,0 +1,163 @@
+"""`t2i-experts eval fid`: distances between two sets of pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from t2i_experts.cli.options import Json, Workers, complete_features
+from t2i_experts.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    import torch
+
+    from t2i_experts.evaluation.protocol import MeasuredSet
+
+
+def fid(
+    a: Annotated[
+        Path, typer.Argument(metavar="A", help="What is judged: a folder of pictures, a folder of shards, or an .npz of statistics.")
+    ],
+    b: Annotated[Path | None, typer.Argument(metavar="B", help="The reference, of the same kinds; not needed with --save-stats.")] = None,
+    features: Annotated[
+        str, typer.Option(help="Network: inception (FID), open_clip, squeezenet, or a plugin's.", autocompletion=complete_features)
+    ] = "inception",
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="Inception's resizing and scaling: pytorch-fid (default) or tf1 (torch-fidelity).", show_default=False),
+    ] = None,
+    resize: Annotated[str | None, typer.Option(help="clean: clean-fid's filter, with tf1's scaling.", show_default=False)] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="File (.pth, .safetensors, .npz), URL or OWNER/REPO/FILE of the hub; open_clip's tag. Else inception's public ones.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Of open_clip: embedded:clip, a folder, hf-hub:ID or an architecture.", show_default=False)
+    ] = None,
+    kid: Annotated[bool, typer.Option("--kid", help="Also the kernel distance, with its spread over 100 subsets.")] = False,
+    precision_recall: Annotated[
+        bool, typer.Option("--precision-recall", help="Also precision and recall, by 3 nearest neighbours.")
+    ] = False,
+    infinity: Annotated[
+        bool, typer.Option("--infinity", help="Also the distance that infinitely many pictures like A would have.")
+    ] = False,
+    save_stats: Annotated[
+        Path | None, typer.Option(help="Write mean and covariance of A to this .npz, which may stand for A or B later.", show_default=False)
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Pictures that go through the network together.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of the subsets that --kid and --infinity draw.")] = 2020,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first GPU if not given.", show_default=False)] = None,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two sets of pictures by the Frechet distance between their features: FID, with --features inception.
+
+    --json prints the record of all that made the number: network, weights' sha256, resizing, counts and hashes of both sets, versions,
+    machine. Numbers are comparable only if all of that is the same; evaluation/README.md says what the protocols are. If a picture
+    cannot be read there is no number, and the exit code is 2.
+    """
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for name, value in (("batch", batch), ("workers", workers)):
+        if value < 1:
+            raise ValueError(f"--{name}={value} must be at least 1")
+    if b is None and save_stats is None:
+        raise ValueError("B is missing: give the reference, or --save-stats FILE to keep the statistics of A")
+    if save_stats is not None and (save_stats.suffix != ".npz" or not save_stats.absolute().parent.is_dir()):
+        raise ValueError(f"--save-stats {save_stats} must be a file that ends in .npz, in a folder that exists")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed={seed} must lie in [0, 2^32)")
+    for option, given in (("kid", kid), ("precision-recall", precision_recall), ("infinity", infinity)):
+        if given and b is None:
+            raise ValueError(f"--{option} compares A with B, and B is missing")
+
+    from t2i_experts.registry import registry
+
+    registry.check("features", features)
+
+    from t2i_experts.cascade.device import default_device, open_device
+    from t2i_experts.evaluation.features import FeatureOptions
+    from t2i_experts.evaluation.protocol import PICTURES, Comparison, Pace, compare, measure_sets
+    from t2i_experts.evaluation.statistics import save_statistics
+
+    started = time.perf_counter()
+    wanted = Comparison(kid, precision_recall, infinity, seed)
+    place = default_device() if device is None else open_device(device, f"--device={device!r}")
+    paths = {"A": a} if b is None else {"A": a, "B": b}
+    options = FeatureOptions(protocol, resize, weights, model)
+    sets = measure_sets(paths, features, options, wanted, Pace(place, batch, workers), progress_bar)
+    for what, measured in sets.items():
+        if measured.made is None:
+            typer.echo(f"note: {paths[what]} does not say how its features were made", err=True)
+    if save_stats is not None:
+        made = sets["A"].made
+        save_statistics(save_stats, sets["A"].gaussian, None if made is None else json.dumps(made))
+    numbers = compare(sets["A"], sets["B"], wanted) if b is not None else {}
+    made = next((measured.made for measured in sets.values() if measured.made is not None), None)
+    record: dict[str, Any] = {
+        **numbers,
+        "features": made,
+        "pictures": PICTURES,
+        **{what.lower(): measured.record for what, measured in sorted(sets.items())},
+        "saved": None if save_stats is None else str(save_stats),
+        "settings": {"batch": batch, "workers": workers, "seed": seed},
+        **_machine(place),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    if as_json:
+        typer.echo(json.dumps(record, ensure_ascii=False))
+        return
+    for line in _lines(record, sets):
+        typer.echo(line)
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """What it was computed on and with. JPEG's decoder counts among the versions: others differ in the last bit."""
+    from importlib.metadata import version
+
+    from PIL import features
+
+    from t2i_experts.bench.machine import describe
+
+    packages = {name: version(name) for name in ("torch", "numpy", "pillow", "open-clip-torch")}
+    return {"machine": describe(device), "versions": {**packages, "libjpeg-turbo": features.version("libjpeg_turbo")}}
+
+
+def _lines(record: dict[str, Any], sets: dict[str, MeasuredSet]) -> list[str]:
+    """For people: the sets, how they were looked at, and the numbers."""
+    lines = []
+    for what, measured in sorted(sets.items()):
+        count = measured.record["count"]
+        digest = measured.record.get("sha256")
+        facts = [measured.record["kind"], "pictures unknown" if count is None else f"{count:,} pictures"]
+        lines.append(f"{what}: {measured.record['path']}: {', '.join(facts)}" + (f", hash {digest[:16]}" if digest else ""))
+    made = record["features"] or {}
+    shown = [f"{key} {made[key]}" for key in ("features", "model", "protocol", "resize") if made.get(key)]
+    lines.append(", ".join(shown) + (f", weights {made['sha256'][:16]}" if made.get("sha256") else "") if made else "features: unknown")
+    if record["saved"]:
+        lines.append(f"statistics of A: {record['saved']}")
+    if "distance" in record:
+        name = made.get("name", "Frechet distance")
+        lines.append(f"{name} {record['distance']:.4f}")
+        few = [
+            f"{what} has {n:,}" for what, s in sorted(sets.items()) if (n := s.record["count"]) is not None and n <= len(s.gaussian.mean)
+        ]
+        if few:
+            lines.append(f"  with few pictures it is far too large: {', '.join(few)} for {len(sets['A'].gaussian.mean):,} dimensions")
+        if "infinity" in record:
+            lines.append(f"{name} of infinitely many pictures {record['infinity']['value']:.4f} +- {record['infinity']['error']:.4f}")
+        if "kid" in record:
+            lines.append("KID {mean:.6f} +- {spread:.6f} ({subsets} subsets of {size})".format(**record["kid"]))
+        if "precision_recall" in record:
+            lines.append(
+                "precision {precision:.4f}, recall {recall:.4f} ({neighbours} nearest neighbours)".format(**record["precision_recall"])
+            )
+    return lines

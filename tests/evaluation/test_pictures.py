@@ -1,0 +1,46 @@
+"""Pictures come as people see them, whatever the file; and each comes once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from t2i_experts.evaluation.pictures import Picture, Unreadable, open_pictures, set_hash
+
+
+def test_pictures_are_upright_opaque_and_whole(tmp_path: Path) -> None:
+    pixels = np.arange(3 * 40 * 20, dtype=np.uint32).reshape(40, 20, 3).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "0.png")
+    Image.fromarray(pixels).save(tmp_path / "1.bmp")
+    turned = Image.fromarray(pixels)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # its top is at the right
+    turned.save(tmp_path / "2.webp", lossless=True, exif=exif)
+    Image.fromarray(np.dstack([pixels, np.full((40, 20), 255, np.uint8)])).save(tmp_path / "3.png")
+    Image.new("RGBA", (20, 40), (9, 9, 9, 0)).save(tmp_path / "4.tiff")
+    Image.new("L", (20, 40), 77).save(tmp_path / "5.jpg")
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / ".hidden.png").write_text("no picture")
+    pictures = open_pictures(tmp_path, "A")
+    assert (pictures.kind, pictures.count) == ("folder", 6)
+    found = [picture.pixels.permute(1, 2, 0).numpy() for picture in pictures.read(3) if isinstance(picture, Picture)]
+    assert len(found) == 6
+    for i in (0, 1, 3):
+        np.testing.assert_array_equal(found[i], pixels)
+    np.testing.assert_array_equal(found[2], np.rot90(pixels, -1))
+    assert (found[4] == 255).all() and (found[5] == 77).all() and found[4].shape == found[5].shape == (40, 20, 3)
+
+
+def test_a_hash_knows_no_order_and_reading_goes_on_after_what_is_broken(tmp_path: Path) -> None:
+    for i in range(30):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "07.png").write_bytes(b"\x89PNG")
+    read = list(open_pictures(tmp_path, "A").read(2))
+    assert [i for i, picture in enumerate(read) if isinstance(picture, Unreadable)] == [7]
+    digests = [picture.digest for picture in read if isinstance(picture, Picture)]
+    assert len(set(digests)) == 29 and set_hash(digests) == set_hash(digests[::-1]) != set_hash(digests[1:])
+    with pytest.raises(ValueError, match=r"B='.*' is not there"):
+        open_pictures(tmp_path / "nowhere", "B")
