@@ -87,8 +87,10 @@ def _local(source: str) -> Path:
     path = Path(source).expanduser()
     if path.is_file():
         return path
+    if path.is_dir():
+        raise ValueError(f"weights {source!r} is a folder; name the file in it")
     parts = source.split("/")
-    if len(parts) < 3 or source.startswith((".", "/", "~")) or path.is_dir():
+    if len(parts) < 3 or source.startswith((".", "/", "~")):
         raise ValueError(f"weights {source!r}: no such file")
     try:
         return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))

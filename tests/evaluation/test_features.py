@@ -151,6 +151,7 @@ def test_weights_of_every_format_are_read_and_other_networks_refused(inception_w
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:1000])
         refused("squeezenet", tmp_path / name, "cannot be read")
     refused("squeezenet", tmp_path / "b.pth", "no such file")
+    refused("squeezenet", tmp_path, "is a folder; name the file")
     refused("squeezenet", "a.h5", "no such file")
     refused("squeezenet", "owner/repo/a.pth", "not to be had from the hub")
     refused("squeezenet", "http://127.0.0.1:9/a.pth", "cannot be downloaded")
