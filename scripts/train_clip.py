@@ -19,7 +19,7 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -35,6 +35,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
+from training_parts import set_learning_rate, shuffled_rows, workers
 
 from t2i_experts.shards.reader import ShardReader
 from t2i_experts.shards.transforms import decode_image
@@ -146,11 +147,6 @@ def tokenize(merges: Path, context_length: int, captions: list[str]) -> np.ndarr
     return ids
 
 
-def workers(number: int) -> Executor:
-    """A pool of processes with one thread each, or of one thread."""
-    return ProcessPoolExecutor(number, initializer=torch.set_num_threads, initargs=(1,)) if number > 1 else ThreadPoolExecutor(1)
-
-
 def load_pairs(
     folders: Sequence[Path], model_config: dict[str, Any], out: Path, pool: Executor, *, merges: bool, device: str
 ) -> tuple[Pairs, list[str]]:
@@ -207,14 +203,11 @@ def train(model: CLIP, pairs: Pairs, preprocess: dict[str, Any], arguments: argp
     samples = len(pairs.images)
     batch_size = min(arguments.batch_size, samples)
     started, step, progress, recent = time.monotonic(), 0, 0.0, torch.zeros((), device=device)
-    queue = torch.empty(0, dtype=torch.int64, device=device)
+    batches = shuffled_rows(samples, batch_size, generator)
     model.train()
     while progress < 1:
-        if len(queue) < batch_size:
-            queue = torch.randperm(samples, generator=generator, device=device)
-        rows, queue = queue[:batch_size], queue[batch_size:]
-        for group in optimizer.param_groups:
-            group["lr"] = arguments.learning_rate * min(1.0, (step + 1) / arguments.warmup) * (1 - progress)
+        rows = next(batches)
+        set_learning_rate(optimizer, arguments.learning_rate, step=step, warmup=arguments.warmup, progress=progress)
         choice = (torch.rand(batch_size, generator=generator, device=device) * pairs.count[rows]).long()
         ids = pairs.ids[pairs.first[rows] + choice].long()
         images = random_crops(normalise(pairs.images[rows], preprocess), generator)

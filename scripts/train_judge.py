@@ -18,7 +18,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
 from math import pi
@@ -40,6 +40,7 @@ from torch.nn.functional import (
     pad,
     smooth_l1_loss,
 )
+from training_parts import set_learning_rate, shuffled_rows, workers
 
 from t2i_experts.evaluation.composition import measure
 from t2i_experts.evaluation.judge import CELL, GRID, SIZE, Cells, Judge, JudgeConfig, JudgeNetwork, encode_boxes, save_judge
@@ -116,11 +117,6 @@ def read_metadata(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """The json of each scene, in the order of `read_scenes`."""
     reader = ShardReader(list(folders), size=SIZE, seed=0)
     return [reader.raw(index).metadata for index in range(reader.samples)]
-
-
-def workers(number: int) -> Executor:
-    """A pool of processes with one thread each, or of one thread."""
-    return ProcessPoolExecutor(number, initializer=torch.set_num_threads, initargs=(1,)) if number > 1 else ThreadPoolExecutor(1)
 
 
 def spoil(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -225,15 +221,12 @@ def train(network: JudgeNetwork, scenes: Scenes, arguments: argparse.Namespace) 
     generator = torch.Generator(device).manual_seed(arguments.seed)
     samples = len(scenes.images)
     batch_size = min(arguments.batch_size, samples)
-    queue = torch.empty(0, dtype=torch.int64, device=device)
+    batches = shuffled_rows(samples, batch_size, generator)
     started, step, progress, recent = time.monotonic(), 0, 0.0, {}
     network.train()
     while progress < 1:
-        if len(queue) < batch_size:
-            queue = torch.randperm(samples, generator=generator, device=device)
-        rows, queue = queue[:batch_size], queue[batch_size:]
-        for group in optimizer.param_groups:
-            group["lr"] = arguments.learning_rate * min(1.0, (step + 1) / arguments.warmup) * (1 - progress)
+        rows = next(batches)
+        set_learning_rate(optimizer, arguments.learning_rate, step=step, warmup=arguments.warmup, progress=progress)
         batch = scenes.rows(rows)
         x = (spoil(batch.images, generator).float() / 127.5 - 1).to(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):

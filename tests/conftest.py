@@ -290,3 +290,24 @@ def trained(tmp_path_factory: pytest.TempPathFactory, shards: Path, t5_folder: P
     (root / "run.yaml").write_text(text, encoding="utf-8")
     train(load_config(root / "run.yaml"), progress=False)
     return root / "run"
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """The command line in this process: cli(*arguments) -> exit code, stdout, stderr.
+
+    Neither is a terminal, so neither may hold an escape sequence.
+    """
+    from t2i_experts.cli.app import main
+
+    monkeypatch.delenv("T2I_DEBUG", raising=False)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert "\x1b" not in captured.out + captured.err
+        return int(exit.value.code or 0), captured.out, captured.err
+
+    return run

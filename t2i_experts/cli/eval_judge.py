@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, what_decides
 from t2i_experts.cli.importing import without_collecting
 from t2i_experts.cli.options import Json, complete_model, complete_sampler
 from t2i_experts.cli.progress import progress_bar
@@ -16,7 +17,6 @@ from t2i_experts.cli.progress import progress_bar
 if TYPE_CHECKING:
     from t2i_experts.evaluation.judging import Judged
 
-DTYPES = ("float32", "bfloat16")
 _SHOWN = 96  # pictures on the sheet
 
 
@@ -43,36 +43,25 @@ def judge(
     The judge, a small detector, says what it sees; what it confirms and rejects on real scenes stands beside every score. Four of each ten
     prompts ask for combinations that the training scenes never show.
     """
-    from t2i_experts.config import SamplingConfig, check_sampling, check_threshold
-    from t2i_experts.registry import registry
-
     for name, value in (("num", num), ("batch-size", batch_size)):
         if value < 1:
             raise ValueError(f"--{name}={value} must be at least 1")
     if seed < 0:
         raise ValueError(f"--seed={seed} must not be negative")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"--dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
+    check_dtype(dtype)
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out={out} exists already: name a new folder")
-    given: dict[str, Any] = {"steps": steps, "guidance": guidance, "sampler": sampler, "threshold": threshold}
-    check_sampling(SamplingConfig(**{name: value for name, value in given.items() if value is not None}), "--")
-    if sampler is not None:
-        registry.check("sampler", sampler)
+    given = given_sampling(steps=steps, guidance=guidance, sampler=sampler, threshold=threshold)
 
     with without_collecting():
-        import torch
-
-        from t2i_experts import __version__
-        from t2i_experts.cascade.pipeline import CascadePipeline
-        from t2i_experts.config import to_plain
+        from t2i_experts.config import check_threshold
         from t2i_experts.evaluation.composition import load_prompts
         from t2i_experts.evaluation.judge import load_judge
         from t2i_experts.evaluation.judging import draw_and_judge, table
 
     started = time.monotonic()
     trained = load_judge(judge)
-    pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
+    pipeline = open_pipeline(model, device, dtype)
     settings = pipeline.settings(**given)
     check_threshold(settings.threshold, pipeline.base.config.codec, "--")
     trained.network.to(pipeline.device)
@@ -86,11 +75,7 @@ def judge(
         "judge": {"source": judge, "fingerprint": trained.fingerprint, "accuracy": trained.accuracy},
         "num": num,
         "seed": seed,
-        "sampling": to_plain(settings),
-        "model": {"source": pipeline.model.source, "fingerprint": pipeline.model.fingerprint},
-        "dtype": str(pipeline.dtype).removeprefix("torch."),
-        "device": pipeline.device.type,
-        "t2i_experts": __version__,
+        **what_decides(pipeline, settings),
         "seconds": round(time.monotonic() - started, 3),
     }
     if out is not None:

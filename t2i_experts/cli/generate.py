@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, what_decides
 from t2i_experts.cli.importing import without_collecting
 from t2i_experts.cli.options import Json, complete_model, complete_sampler
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from t2i_experts.cascade.pipeline import CascadePipeline
     from t2i_experts.config import SamplingConfig
 
-DTYPES = ("float32", "bfloat16")
 _SHOWN = 40  # characters that a warning lists
 
 
@@ -59,26 +59,15 @@ def generate(
         raise ValueError(f"--seed={seed} must not be negative")
     if (width is None) != (height is None) or None not in (size, width):
         raise ValueError(f"give --width and --height together, and not with --size; received {size=}, {width=}, {height=}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"--dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
+    check_dtype(dtype)
     if style is not None:
         _refuse_no_file("--style", style, "a picture")
     jobs = [(text, copy) for text in texts for copy in range(num)]
     paths = picture_paths([text for text, _ in jobs], out, seed)
+    given = given_sampling(steps=steps, guidance=guidance, sampler=sampler, threshold=threshold)
 
-    from t2i_experts.config import SamplingConfig, check_sampling
-    from t2i_experts.registry import registry
-
-    given: dict[str, Any] = {"steps": steps, "guidance": guidance, "sampler": sampler, "threshold": threshold}
-    check_sampling(SamplingConfig(**{name: value for name, value in given.items() if value is not None}), "--")
-    if sampler is not None:
-        registry.check("sampler", sampler)
-
-    with without_collecting():
-        import torch  # which takes seconds: what can be wrong without it has been checked
-
+    with without_collecting():  # torch, which takes seconds: what can be wrong without it has been checked
         from t2i_experts.cascade.picture import read_image, save_png, to_pil
-        from t2i_experts.cascade.pipeline import CascadePipeline
 
     started = time.monotonic()
     try:
@@ -86,8 +75,7 @@ def generate(
     except ValueError as error:
         raise ValueError(f"--style={style}: {error}") from error
     shape = picture_shape(model, size, width, height)
-    with without_collecting():  # it imports the encoders' libraries
-        pipeline = CascadePipeline.from_pretrained(model, device=device, dtype=getattr(torch, dtype) if dtype else None, compile=compile)
+    pipeline = open_pipeline(model, device, dtype, compile=compile)
     settings = pipeline.settings(**given)
     refuse_what_would_be_ignored(pipeline, settings, negative, style)
     read = [*dict.fromkeys([*texts, negative])]
@@ -110,11 +98,11 @@ def generate(
             )
             for i, image in zip(batch, images, strict=True):
                 facts = {"prompt": jobs[i][0], "negative": negative, "seed": seed, "index": i, "style": style and str(style)}
-                save_png(to_pil(image), paths[i], {**facts, **_settings(pipeline, settings)})
+                save_png(to_pil(image), paths[i], {**facts, **what_decides(pipeline, settings)})
                 pictures.append({"path": str(paths[i]), **facts})
     if as_json:
         seconds = round(time.monotonic() - started, 3)
-        print(json.dumps({"pictures": pictures, "seconds": seconds, **_settings(pipeline, settings)}, ensure_ascii=False))
+        print(json.dumps({"pictures": pictures, "seconds": seconds, **what_decides(pipeline, settings)}, ensure_ascii=False))
     else:
         for picture in pictures:
             print(picture["path"])
@@ -253,17 +241,6 @@ def warn_of_unknown_characters(pipeline: CascadePipeline, texts: list[str]) -> N
 def _is_sign(character: str) -> bool:
     """Whether a character says something by itself: letters, numbers and symbols do; marks, punctuation and space do not."""
     return unicodedata.category(character)[0] in "LNS"
-
-
-def _settings(pipeline: CascadePipeline, settings: SamplingConfig) -> dict[str, Any]:
-    """What, beside prompt and seed, decides a picture."""
-    from t2i_experts import __version__
-    from t2i_experts.config import to_plain
-
-    codec = pipeline.base.config.codec
-    model = {"source": pipeline.model.source, "fingerprint": pipeline.model.fingerprint, "codec": codec.kind}
-    computed = {"dtype": str(pipeline.dtype).removeprefix("torch."), "device": pipeline.device.type}
-    return {"sampling": to_plain(settings), "model": model, **computed, "t2i_experts": __version__}
 
 
 def _progress_bar(total: int, *, disable: bool) -> Any:

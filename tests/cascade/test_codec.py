@@ -235,26 +235,17 @@ def test_training_sees_samples_of_the_posterior_and_validation_its_mode(stage: S
 
 
 def test_a_run_on_latents_resumes_exactly_and_its_model_draws(
-    vae: Path, write_config: WriteConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    vae: Path, write_config: WriteConfig, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
 ) -> None:
-    monkeypatch.delenv("T2I_DEBUG", raising=False)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return int(exit.value.code or 0), captured.out, captured.err
-
     own = tmp_path / "own"
     shutil.copytree(vae, own)
     codec = ("stage.codec.kind=autoencoder_kl", f"stage.codec.model={own}", "stage.codec.channels=4", "stage.codec.factor=4")
     whole, stopped = (("train", write_config(name), *codec, "training.images=32", "--quiet") for name in ("whole", "stopped"))
-    code, _, err = run(*whole)
+    code, _, err = cli(*whole)
     assert code == 0, err
     assert len(err.splitlines()) == 3  # what is trained, that it is finished, how to draw: diffusers says nothing
-    assert run(*stopped, "training.max_minutes=1e-9")[0] == 0
-    assert run(*stopped)[0] == 0
+    assert cli(*stopped, "training.max_minutes=1e-9")[0] == 0
+    assert cli(*stopped)[0] == 0
     newest = Path("checkpoints/000000000032")
     for name in ("network.safetensors", "ema.safetensors", "optimizer.safetensors"):
         assert (tmp_path / "whole" / newest / name).read_bytes() == (tmp_path / "stopped" / newest / name).read_bytes()
@@ -269,7 +260,7 @@ def test_a_run_on_latents_resumes_exactly_and_its_model_draws(
     for spoil in (lambda: edit(own, scaling_factor=0.5), spoil_weights):
         shutil.copytree(vae, own, dirs_exist_ok=True)
         spoil()
-        code, _, err = run(*whole, "training.images=64")
+        code, _, err = cli(*whole, "training.images=64")
         assert (code, len(err.splitlines())) == (2, 1) and "other weights or another normalisation of the codec" in err
 
     shutil.rmtree(own)  # the model folder has all that it needs
@@ -277,12 +268,12 @@ def test_a_run_on_latents_resumes_exactly_and_its_model_draws(
     assert json.loads((model / "base64" / "config.json").read_text())["codec"]["model"] == "./vae"
     assert (model / "vae" / WEIGHTS).read_bytes() == (vae / WEIGHTS).read_bytes()
     generate = ("generate", "a red cube", "--model", model, "--device", "cpu", "--out", tmp_path / "cube.png")
-    code, out, _ = run(*generate, "--json")
+    code, out, _ = cli(*generate, "--json")
     assert code == 0
     assert json.loads(out)["model"]["codec"] == "autoencoder_kl"
     with Image.open(tmp_path / "cube.png") as picture:
         assert picture.size == (16, 16)
-    code, _, err = run(*generate, "--threshold", 0.99)
+    code, _, err = cli(*generate, "--threshold", 0.99)
     assert (code, len(err.splitlines())) == (2, 1)
     assert "--threshold=0.99 needs pictures in [-1, 1], but this model denoises latents" in err
 

@@ -1,0 +1,52 @@
+"""What the commands that draw pictures have in common: checks of their options without torch, the pipeline, and what decides a picture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from t2i_experts.cli.importing import without_collecting
+
+if TYPE_CHECKING:
+    from t2i_experts.cascade.pipeline import CascadePipeline
+    from t2i_experts.config import SamplingConfig
+
+DTYPES = ("float32", "bfloat16")
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raises ValueError for a --dtype that is none of `DTYPES`; None is the default."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
+
+
+def given_sampling(*, steps: int | None, guidance: float | None, sampler: str | None, threshold: float | None) -> dict[str, Any]:
+    """The options as `CascadePipeline.settings` takes them. Raises ValueError for what no model could be sampled with."""
+    from t2i_experts.config import SamplingConfig, check_sampling
+    from t2i_experts.registry import registry
+
+    given = {"steps": steps, "guidance": guidance, "sampler": sampler, "threshold": threshold}
+    check_sampling(SamplingConfig(**{name: value for name, value in given.items() if value is not None}), "--")  # type: ignore[arg-type]
+    if sampler is not None:
+        registry.check("sampler", sampler)
+    return given
+
+
+def open_pipeline(model: str | None, device: str | None, dtype: str | None, *, compile: bool = False) -> CascadePipeline:
+    """See `CascadePipeline.from_pretrained`."""
+    with without_collecting():  # it imports the encoders' libraries
+        import torch
+
+        from t2i_experts.cascade.pipeline import CascadePipeline
+
+        return CascadePipeline.from_pretrained(model, device=device, dtype=getattr(torch, dtype) if dtype else None, compile=compile)
+
+
+def what_decides(pipeline: CascadePipeline, settings: SamplingConfig) -> dict[str, Any]:
+    """What, beside prompt and seed, decides a picture."""
+    from t2i_experts import __version__
+    from t2i_experts.config import to_plain
+
+    codec = pipeline.base.config.codec
+    model = {"source": pipeline.model.source, "fingerprint": pipeline.model.fingerprint, "codec": codec.kind}
+    computed = {"dtype": str(pipeline.dtype).removeprefix("torch."), "device": pipeline.device.type}
+    return {"sampling": to_plain(settings), "model": model, **computed, "t2i_experts": __version__}
