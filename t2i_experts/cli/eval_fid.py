@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from t2i_experts.cli.measuring import check_pace, machine
 from t2i_experts.cli.options import Json, Workers, complete_features
 from t2i_experts.cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    import torch
-
     from t2i_experts.evaluation.protocol import MeasuredSet
 
 
@@ -64,11 +62,7 @@ def fid(
     machine. Numbers are comparable only if all of that is the same; evaluation/README.md says what the protocols are. If a picture
     cannot be read there is no number, and the exit code is 2.
     """
-    if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for name, value in (("batch", batch), ("workers", workers)):
-        if value < 1:
-            raise ValueError(f"--{name}={value} must be at least 1")
+    workers = check_pace(batch, workers)
     if b is None and save_stats is None:
         raise ValueError("B is missing: give the reference, or --save-stats FILE to keep the statistics of A")
     if save_stats is not None and (save_stats.suffix != ".npz" or not save_stats.absolute().parent.is_dir()):
@@ -109,7 +103,7 @@ def fid(
         **{what.lower(): measured.record for what, measured in sorted(sets.items())},
         "saved": None if save_stats is None else str(save_stats),
         "settings": {"batch": batch, "workers": workers, "seed": seed},
-        **_machine(place),
+        **machine(place),
         "seconds": round(time.perf_counter() - started, 3),
     }
     if as_json:
@@ -117,18 +111,6 @@ def fid(
         return
     for line in _lines(record, sets):
         typer.echo(line)
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    """What it was computed on and with. JPEG's decoder counts among the versions: others differ in the last bit."""
-    from importlib.metadata import version
-
-    from PIL import features
-
-    from t2i_experts.bench.machine import describe
-
-    packages = {name: version(name) for name in ("torch", "numpy", "pillow", "open-clip-torch")}
-    return {"machine": describe(device), "versions": {**packages, "libjpeg-turbo": features.version("libjpeg_turbo")}}
 
 
 def _lines(record: dict[str, Any], sets: dict[str, MeasuredSet]) -> list[str]:

@@ -53,6 +53,13 @@ def complete_features(incomplete: str) -> list[str]:
     return [name for name in registry.names("features") if name.startswith(incomplete)]
 
 
+def complete_metric(incomplete: str) -> list[str]:
+    """The metrics of pictures with captions, plugins' too."""
+    from t2i_experts.registry import registry
+
+    return [name for name in registry.names("metric") if name.startswith(incomplete)]
+
+
 def _paths(incomplete: str, pattern: str) -> list[str]:
     return sorted(glob.glob(glob.escape(incomplete) + pattern))
 

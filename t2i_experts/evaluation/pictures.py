@@ -19,7 +19,17 @@ from t2i_experts.shards.images import SOURCE_EXTENSIONS, whole
 from t2i_experts.shards.parallel import in_order
 from t2i_experts.shards.reader import ShardReader
 
+LOOKED_FOR = f"looked for tars, and for {', '.join(SOURCE_EXTENSIONS)}"
 _LISTED = 10
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A picture as it is stored. data: the bytes of its file. captions: those that its set knows."""
+
+    name: str
+    data: bytes
+    captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,8 @@ class Picture:
 
     pixels: Tensor
     digest: bytes
+    name: str
+    captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,13 +53,15 @@ class Unreadable:
 class PictureSet:
     """path: of the folder. kind: `folder` or `shards`. count: of its pictures.
 
-    load: name and bytes of the picture with some index, for several threads at once; raises ValueError, which names the picture.
+    load: the picture with some index, for several threads at once; raises ValueError, which names the picture. names: of the files of a
+    folder, relative to it, in order.
     """
 
     path: Path
     kind: str
     count: int
-    load: Callable[[int], tuple[str, bytes]]
+    load: Callable[[int], Stored]
+    names: Sequence[str] = ()
 
     def read(self, workers: int) -> Iterator[Picture | Unreadable]:
         """Every picture in order, decoded by some threads: at its own size, upright, transparency on white."""
@@ -56,38 +70,47 @@ class PictureSet:
 
     def _decoded(self, index: int) -> Picture | Unreadable:
         try:
-            name, data = self.load(index)
+            stored = self.load(index)
         except ValueError as error:
             return Unreadable(str(error))
         try:
-            pixels = torch.from_numpy(np.array(whole(data))).permute(2, 0, 1)
+            pixels = torch.from_numpy(np.array(whole(stored.data))).permute(2, 0, 1)
         except ValueError as error:
-            return Unreadable(f"{name}: {error}")
-        return Picture(pixels, hashlib.sha256(hashlib.sha256(name.encode(errors="surrogateescape")).digest() + data).digest())
+            return Unreadable(f"{stored.name}: {error}")
+        return Picture(pixels, named_digest(stored.name, stored.data), stored.name, stored.captions)
 
 
 def open_pictures(path: Path, what: str) -> PictureSet:
     """Those under a folder, or those of its shards if it holds tars. Raises ValueError, beginning with `what`, for fewer than two."""
     if not path.is_dir():
         raise ValueError(f"{what}={str(path)!r} is {'neither a folder nor an .npz file' if path.exists() else 'not there'}")
-    pictures = _of_shards(path) if any(path.glob("[!.]*.tar")) else _of_folder(path)
+    pictures = find_pictures(path)
     if pictures.count < 2:
-        kinds = f"; looked for tars, and for {', '.join(SOURCE_EXTENSIONS)}" if not pictures.count else ""
+        kinds = f"; {LOOKED_FOR}" if not pictures.count else ""
         raise ValueError(f"{what}={str(path)!r} holds {pictures.count} pictures, and a distance needs at least 2{kinds}")
     return pictures
 
 
+def find_pictures(path: Path) -> PictureSet:
+    """Those of a folder's shards if it holds tars, else those under it, of which there may be none."""
+    return _of_shards(path) if any(path.glob("[!.]*.tar")) else _of_folder(path)
+
+
 def _of_folder(path: Path) -> PictureSet:
-    files = list(_walk(path))
+    names = [file.relative_to(path).as_posix() for file in walk(path, SOURCE_EXTENSIONS)]
 
-    def load(index: int) -> tuple[str, bytes]:
-        name = files[index].relative_to(path).as_posix()
+    def load(index: int) -> Stored:
         try:
-            return name, files[index].read_bytes()
+            return Stored(names[index], (path / names[index]).read_bytes())
         except OSError as error:
-            raise ValueError(f"{name}: {error.strerror or error}") from error
+            raise ValueError(f"{names[index]}: {error.strerror or error}") from error
 
-    return PictureSet(path, "folder", len(files), load)
+    return PictureSet(path, "folder", len(names), load, names)
+
+
+def named_digest(name: str, data: bytes) -> bytes:
+    """sha256 of something that belongs to a name."""
+    return hashlib.sha256(hashlib.sha256(name.encode(errors="surrogateescape")).digest() + data).digest()
 
 
 def set_hash(digests: Sequence[bytes]) -> str:
@@ -109,16 +132,19 @@ def _of_shards(path: Path) -> PictureSet:
     """Bytes are read by one thread at a time, since the reader's open files are shared; decoding takes far longer."""
     reader, lock = ShardReader([path], size=1, seed=0), threading.Lock()
 
-    def load(index: int) -> tuple[str, bytes]:
+    def load(index: int) -> Stored:
         with lock:
             sample = reader.raw(index)
-        return sample.key, sample.image
+        return Stored(sample.key, sample.image, sample.captions)
 
     return PictureSet(path, "shards", reader.samples, load)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Picture files under a folder, sorted within each folder; hidden ones are passed over. Raises ValueError for one that is closed."""
+def walk(folder: Path, extensions: Sequence[str]) -> Iterator[Path]:
+    """Files under a folder, sorted within each folder, before those of its subfolders; hidden ones are passed over.
+
+    Raises ValueError for a folder that is closed.
+    """
 
     def fail(error: OSError) -> NoReturn:
         raise ValueError(f"cannot read {error.filename}: {error.strerror}")
@@ -126,5 +152,5 @@ def _walk(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            if not name.startswith(".") and name.lower().rpartition(".")[2] in SOURCE_EXTENSIONS:
+            if not name.startswith(".") and name.lower().rpartition(".")[2] in extensions:
                 yield Path(parent, name)
