@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from t2i_experts.cli.eval_clip import clip
+from t2i_experts.cli.eval_coco import coco
 from t2i_experts.cli.eval_fid import fid
 from t2i_experts.cli.eval_judge import judge
 from t2i_experts.cli.eval_score import score
@@ -13,4 +14,5 @@ app = group("eval", "Measure what pictures are worth, with all that it takes to 
 app.command()(fid)
 app.command()(clip)
 app.command()(score)
+app.command()(coco)
 app.command()(judge)

@@ -9,41 +9,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from t2i_experts.cli.distances import distance_lines
 from t2i_experts.cli.measuring import check_pace, machine
-from t2i_experts.cli.options import Json, Workers, complete_features
-from t2i_experts.cli.progress import progress_bar
+from t2i_experts.cli.options import Features, Json, Kid, PrecisionRecall, Protocol, Resize, Weights, Workers, one_voice
+from t2i_experts.cli.progress import no_bar, progress_bar
 
 if TYPE_CHECKING:
     from t2i_experts.evaluation.protocol import MeasuredSet
 
 
+@one_voice()
 def fid(
     a: Annotated[
         Path, typer.Argument(metavar="A", help="What is judged: a folder of pictures, a folder of shards, or an .npz of statistics.")
     ],
     b: Annotated[Path | None, typer.Argument(metavar="B", help="The reference, of the same kinds; not needed with --save-stats.")] = None,
-    features: Annotated[
-        str, typer.Option(help="Network: inception (FID), open_clip, squeezenet, or a plugin's.", autocompletion=complete_features)
-    ] = "inception",
-    protocol: Annotated[
-        str | None,
-        typer.Option(help="Inception's resizing and scaling: pytorch-fid (default) or tf1 (torch-fidelity).", show_default=False),
-    ] = None,
-    resize: Annotated[str | None, typer.Option(help="clean: clean-fid's filter, with tf1's scaling.", show_default=False)] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="File (.pth, .safetensors, .npz), URL or OWNER/REPO/FILE of the hub; open_clip's tag. Else inception's public ones.",
-            show_default=False,
-        ),
-    ] = None,
+    features: Features = "inception",
+    protocol: Protocol = None,
+    resize: Resize = None,
+    weights: Weights = None,
     model: Annotated[
         str | None, typer.Option(help="Of open_clip: embedded:clip, a folder, hf-hub:ID or an architecture.", show_default=False)
     ] = None,
-    kid: Annotated[bool, typer.Option("--kid", help="Also the kernel distance, with its spread over 100 subsets.")] = False,
-    precision_recall: Annotated[
-        bool, typer.Option("--precision-recall", help="Also precision and recall, by 3 nearest neighbours.")
-    ] = False,
+    kid: Kid = False,
+    precision_recall: PrecisionRecall = False,
     infinity: Annotated[
         bool, typer.Option("--infinity", help="Also the distance that infinitely many pictures like A would have.")
     ] = False,
@@ -61,6 +50,8 @@ def fid(
     --json prints the record of all that made the number: network, weights' sha256, resizing, counts and hashes of both sets, versions,
     machine. Numbers are comparable only if all of that is the same; evaluation/README.md says what the protocols are. If a picture
     cannot be read there is no number, and the exit code is 2.
+
+    On several GPUs or hosts: accelerate launch -m t2i_experts eval fid A B. The processes share the pictures; the number stays the same.
     """
     workers = check_pace(batch, workers)
     if b is None and save_stats is None:
@@ -77,32 +68,38 @@ def fid(
 
     registry.check("features", features)
 
-    from t2i_experts.cascade.device import default_device, open_device
     from t2i_experts.evaluation.features import FeatureOptions
-    from t2i_experts.evaluation.protocol import PICTURES, Comparison, Pace, compare, measure_sets
+    from t2i_experts.evaluation.processes import open_processes
+    from t2i_experts.evaluation.protocol import PICTURES, Comparison, Pace, compare, measure_sets, remarks
     from t2i_experts.evaluation.statistics import save_statistics
 
     started = time.perf_counter()
     wanted = Comparison(kid, precision_recall, infinity, seed)
-    place = default_device() if device is None else open_device(device, f"--device={device!r}")
     paths = {"A": a} if b is None else {"A": a, "B": b}
     options = FeatureOptions(protocol, resize, weights, model)
-    sets = measure_sets(paths, features, options, wanted, Pace(place, batch, workers), progress_bar)
-    for what, measured in sets.items():
-        if measured.made is None:
-            typer.echo(f"note: {paths[what]} does not say how its features were made", err=True)
+    with open_processes() as processes:
+        place = processes.together(lambda: processes.device(device))
+        bar = progress_bar if processes.main else no_bar
+        sets = measure_sets(paths, features, options, wanted, Pace(place, batch, workers), bar, processes)
+    if not processes.main:
+        return
+    notes = remarks(sets)
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
     if save_stats is not None:
         made = sets["A"].made
         save_statistics(save_stats, sets["A"].gaussian, None if made is None else json.dumps(made))
-    numbers = compare(sets["A"], sets["B"], wanted) if b is not None else {}
+    numbers = compare(sets["A"], sets["B"], wanted, place) if b is not None else {}
     made = next((measured.made for measured in sets.values() if measured.made is not None), None)
     record: dict[str, Any] = {
         **numbers,
         "features": made,
         "pictures": PICTURES,
         **{what.lower(): measured.record for what, measured in sorted(sets.items())},
+        "notes": notes,
         "saved": None if save_stats is None else str(save_stats),
         "settings": {"batch": batch, "workers": workers, "seed": seed},
+        "processes": processes.count,
         **machine(place),
         "seconds": round(time.perf_counter() - started, 3),
     }
@@ -127,19 +124,6 @@ def _lines(record: dict[str, Any], sets: dict[str, MeasuredSet]) -> list[str]:
     if record["saved"]:
         lines.append(f"statistics of A: {record['saved']}")
     if "distance" in record:
-        name = made.get("name", "Frechet distance")
-        lines.append(f"{name} {record['distance']:.4f}")
-        few = [
-            f"{what} has {n:,}" for what, s in sorted(sets.items()) if (n := s.record["count"]) is not None and n <= len(s.gaussian.mean)
-        ]
-        if few:
-            lines.append(f"  with few pictures it is far too large: {', '.join(few)} for {len(sets['A'].gaussian.mean):,} dimensions")
-        if "infinity" in record:
-            lines.append(f"{name} of infinitely many pictures {record['infinity']['value']:.4f} +- {record['infinity']['error']:.4f}")
-        if "kid" in record:
-            lines.append("KID {mean:.6f} +- {spread:.6f} ({subsets} subsets of {size})".format(**record["kid"]))
-        if "precision_recall" in record:
-            lines.append(
-                "precision {precision:.4f}, recall {recall:.4f} ({neighbours} nearest neighbours)".format(**record["precision_recall"])
-            )
+        counts = {what: measured.record["count"] for what, measured in sorted(sets.items())}
+        lines += distance_lines(record, made.get("name", "Frechet distance"), len(sets["A"].gaussian.mean), counts)
     return lines

@@ -41,3 +41,9 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
     finally:
         if bar is not None:
             bar.close()
+
+
+@contextlib.contextmanager
+def no_bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """In the place of `progress_bar` where another process shows one."""
+    yield lambda done, total: None

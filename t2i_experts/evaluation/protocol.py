@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2i_experts.evaluation.features import FeatureExtractor, FeatureOptions, load_features
+from t2i_experts.evaluation.features import FeatureExtractor, FeatureOptions, checked, load_features
 from t2i_experts.evaluation.frechet import FEWEST_TO_EXTRAPOLATE, frechet_infinity, gaussian_distance
+from t2i_experts.evaluation.gathering import FeatureGatherer
 from t2i_experts.evaluation.kid import kernel_distance
 from t2i_experts.evaluation.pictures import Picture, PictureSet, Unreadable, open_pictures, refuse_unreadable, set_hash
 from t2i_experts.evaluation.precision_recall import precision_recall
-from t2i_experts.evaluation.statistics import FeatureStatistics, Gaussian, load_statistics
+from t2i_experts.evaluation.processes import ALONE, Processes, connected
+from t2i_experts.evaluation.statistics import Gaussian, load_statistics
 
-PICTURES = "upright by EXIF, transparency on white, colour profiles not applied"
+PICTURES = "upright by EXIF, transparency on white, first frame of animations, colour profiles not applied"
 _MAKING = ("features", "dimension", "protocol", "resize", "size", "model", "sha256")
 """The parts of an extractor's record that two sets must share."""
 
@@ -83,13 +86,16 @@ def measure_sets(
     wanted: Comparison,
     pace: Pace,
     bar: Callable[[str], AbstractContextManager[Progress]],
+    processes: Processes = ALONE,
 ) -> dict[str, MeasuredSet]:
     """The sets by the names of their arguments, A and B: statistics from .npz files, all others through the network of that name.
 
-    bar: makes the progress bar with a title. Raises ValueError for what is wrong, nearly always before the first picture is looked at.
+    bar: makes the progress bar with a title. Raises ValueError for what is wrong, nearly always before the first picture is looked at; on
+    all of several processes, of which each looks at its share of the pictures.
     """
-    sets = {what: read_statistics(path) for what, path in paths.items() if path.suffix == ".npz" and not path.is_dir()}
-    pictures = {what: open_pictures(path, what) for what, path in paths.items() if what not in sets}
+    files = [what for what, path in paths.items() if path.suffix == ".npz" and not path.is_dir()]
+    sets = processes.together(lambda: {what: read_statistics(paths[what]) for what in files})
+    pictures = processes.together(lambda: {what: open_pictures(path, what) for what, path in paths.items() if what not in files})
     for what in sets:
         if wanted.kid or wanted.precision_recall or (wanted.infinity and what == "A"):
             raise ValueError(
@@ -101,12 +107,12 @@ def measure_sets(
         if options != FeatureOptions():
             raise ValueError("there are statistics alone: --protocol, --resize, --weights and --model have no meaning")
         return sets
-    extractor = load_features(features, options, pace.device)
+    extractor = _loaded(features, options, pace.device, processes)
     for measured in sets.values():
         check_alike(measured.record["path"], measured.made, "the pictures", extractor.record)
     for what, found in pictures.items():
         with bar(f"{what}: {found.path.name}") as progress:
-            sets[what] = measure_pictures(found, extractor, pace, keep=wanted.needs_features, progress=progress)
+            sets[what] = measure_pictures(found, extractor, pace, keep=wanted.needs_features, progress=progress, processes=processes)
     return sets
 
 
@@ -117,59 +123,149 @@ def measure_pictures(
     *,
     keep: bool = False,
     progress: Progress = lambda done, total: None,
+    processes: Processes = ALONE,
 ) -> MeasuredSet:
-    """Features of every picture of a set, each once.
+    """Features of every picture of a set, each once, in one of the processes.
 
-    keep: whether the features stay in memory. progress is told (pictures done, in all). Raises ValueError if any cannot be read.
+    keep: whether the features stay in memory, of the main process. progress is told (pictures done, in all) of this process's share. Raises
+    ValueError if any cannot be read, and for features that hold NaN; on all processes.
     """
     started = time.perf_counter()
-    statistics = FeatureStatistics(extractor.dimension, "cpu" if pace.device.type == "mps" else pace.device)
-    kept: list[Tensor] = []
+    gathered = FeatureGatherer(extractor, pace.device, keep=keep)
+    share = processes.share(pictures.count)
     digests: list[bytes] = []
+    sides: list[int] = []
     unreadable: list[Unreadable] = []
-    waiting: list[Tensor] = []
+    waiting: list[Picture] = []
 
     def flush() -> None:
         if waiting:
-            features = extractor.encode(prepared(extractor.prepare, waiting, pace.device))
-            statistics.add(features)
-            if keep:
-                kept.append(features.float().cpu())
+            batch = prepared(extractor.prepare, [picture.pixels for picture in waiting], pace.device)
+            gathered.add(batch, [picture.name for picture in waiting])
             waiting.clear()
 
-    progress(0, pictures.count)
-    for done, picture in enumerate(pictures.read(pace.workers), start=1):
-        match picture:
-            case Picture(pixels, digest):
-                waiting.append(pixels)
-                digests.append(digest)
-            case Unreadable():
-                unreadable.append(picture)
-        if len(waiting) == pace.batch:
+    def read() -> None:
+        progress(0, len(share))
+        for done, picture in enumerate(pictures.read(pace.workers, share), start=1):
+            match picture:
+                case Picture(pixels, digest):
+                    waiting.append(picture)
+                    digests.append(digest)
+                    sides.append(min(pixels.shape[1:]))
+                case Unreadable():
+                    unreadable.append(picture)
+            if unreadable:  # there will be no number: the rest is read to list what else is broken
+                waiting.clear()
+            elif len(waiting) == pace.batch:
+                flush()
+            progress(done, len(share))
+        if not unreadable:
             flush()
-        progress(done, pictures.count)
-    refuse_unreadable(unreadable, pictures)
-    flush()
-    record = {"path": str(pictures.path), "kind": pictures.kind, "count": statistics.count, "sha256": set_hash(digests)}
+            gathered.finish()
+
+    processes.agree(f"the pictures of {pictures.path}", pictures.listing)
+    processes.together(read)
+    refuse_unreadable(sorted(itertools.chain(*processes.everyones(unreadable)), key=lambda found: found.why), pictures)
+    record = {"path": str(pictures.path), "kind": pictures.kind, "sha256": set_hash([*itertools.chain(*processes.everyones(digests))])}
+    return _measured(gathered, processes, started, record, sides, by_turns=True)
+
+
+def measure_images(
+    images: Tensor | Iterable[Tensor],
+    extractor: FeatureExtractor,
+    pace: Pace,
+    *,
+    name: str = "images",
+    keep: bool = False,
+    processes: Processes = ALONE,
+) -> MeasuredSet:
+    """Features of images in memory, such as a sampler's: nothing is written, and what is on `pace.device` stays there.
+
+    images: (N, 3, H, W) uint8, RGB, or batches of such; of this process alone where there are several, of which some may have none. name:
+    of the set, for messages. Raises ValueError for images of another shape or dtype, and for features that hold NaN; on all processes.
+    """
+    started = time.perf_counter()
+    gathered = FeatureGatherer(extractor, pace.device, keep=keep)
+    sides: list[int] = []
+
+    def read() -> None:
+        first = 0
+        for batch in [images] if isinstance(images, Tensor) else images:
+            if not len(checked(batch)):
+                continue
+            for some in batch.split(pace.batch):
+                names = [f"image {i} (counted from 0) of {name}" for i in range(first, first + len(some))]
+                gathered.add(extractor.prepare(some.to(pace.device)), names)
+                first += len(some)
+            sides.append(min(batch.shape[2:]))
+        gathered.finish()
+
+    processes.together(read)
+    return _measured(gathered, processes, started, {"path": name, "kind": "images", "sha256": None}, sides, by_turns=False)
+
+
+def _measured(
+    gathered: FeatureGatherer, processes: Processes, started: float, record: dict[str, Any], sides: Sequence[int], *, by_turns: bool
+) -> MeasuredSet:
+    """What all processes have gathered. sides: the shorter ones of this process's images. by_turns: whether image i was process i's,
+    modulo their number, so that the features can be put into the order of the images."""
+    statistics = gathered.statistics if processes.count == 1 else connected(gathered.statistics.over_processes)
+    parts = gathered.kept(processes)
+    features = None
+    if parts:
+        features = torch.cat(parts)
+        for rank, part in enumerate(parts if by_turns else []):
+            features[rank :: len(parts)] = part
+    spans = [(min(some), max(some)) for some in processes.everyones(sides) if some]
+    record["count"] = statistics.count
+    record["shorter_side"] = [min(low for low, _ in spans), max(high for _, high in spans)] if spans else None
     record["seconds"] = round(time.perf_counter() - started, 3)
-    return MeasuredSet(statistics.gaussian(), torch.cat(kept) if keep else None, extractor.record, record)
+    return MeasuredSet(statistics.gaussian(), features, gathered.extractor.record, record)
 
 
-def compare(a: MeasuredSet, b: MeasuredSet, wanted: Comparison) -> dict[str, Any]:
+def _loaded(features: str, options: FeatureOptions, device: torch.device, processes: Processes) -> FeatureExtractor:
+    """The extractor. One process of each host loads it first, so that what has to be downloaded is downloaded once."""
+
+    def load() -> FeatureExtractor:
+        return load_features(features, options, device)
+
+    first = processes.together(lambda: load() if processes.local_rank == 0 else None)
+    extractor = processes.together(lambda: first or load())
+    processes.agree("the networks of the features", {name: extractor.record.get(name) for name in _MAKING})
+    return extractor
+
+
+def remarks(sets: Mapping[str, MeasuredSet]) -> list[str]:
+    """What a reader of the number should know of the sets, by the names of their arguments, that is no error; in a line each."""
+    found = [f"{one.record['path']} does not say how its features were made" for one in sets.values() if one.made is None]
+    counts = {what: one.record["count"] for what, one in sorted(sets.items()) if one.record["count"] is not None}
+    if len(set(counts.values())) > 1:
+        both = " and ".join(f"{count:,} in {what}" for what, count in counts.items())
+        found.append(f"the sets differ in size ({both}): compare the number only with others of the same two sizes, or give --kid")
+    sides = {what: one.record["shorter_side"] for what, one in sorted(sets.items()) if one.record.get("shorter_side")}
+    if len(sides) == 2 and max(low for low, _ in sides.values()) > min(high for _, high in sides.values()):
+        both = ", ".join(f"{what} has {low} px" if low == high else f"{what} has {low} to {high} px" for what, (low, high) in sides.items())
+        found.append(f"the pictures differ in size (shorter side: {both}), and what resizing does to one set alone is in the number")
+    return found
+
+
+def compare(a: MeasuredSet, b: MeasuredSet, wanted: Comparison, device: torch.device | str = "cpu") -> dict[str, Any]:
     """The numbers, as JSON's plain values: `distance`, and `kid`, `precision_recall`, `infinity` where they are wanted.
 
-    A is what is judged (generated pictures), B the reference. Raises ValueError for sets whose features were made in different ways, and
-    if numbers are wanted that a statistics file does not have the features for.
+    A is what is judged (generated pictures), B the reference. device: of the products of features, if it knows float64. Raises ValueError
+    for sets whose features were made in different ways, and if numbers are wanted that a statistics file does not have the features for.
     """
     check_alike(a.record["path"], a.made, b.record["path"], b.made)
     numbers: dict[str, Any] = {"distance": gaussian_distance(a.gaussian, b.gaussian)}
     if wanted.infinity:
         numbers["infinity"] = asdict(frechet_infinity(_features(a, "--infinity"), b.gaussian, seed=wanted.seed))
+    place = "cpu" if torch.device(device).type == "mps" else device
     if wanted.kid:
-        numbers["kid"] = asdict(kernel_distance(_features(a, "--kid"), _features(b, "--kid"), seed=wanted.seed))
+        generated, reference = (_features(measured, "--kid").to(place) for measured in (a, b))
+        numbers["kid"] = asdict(kernel_distance(generated, reference, seed=wanted.seed))
     if wanted.precision_recall:
-        both = (_features(measured, "--precision-recall") for measured in (a, b))
-        numbers["precision_recall"] = asdict(precision_recall(*both))
+        generated, reference = (_features(measured, "--precision-recall").to(place) for measured in (a, b))
+        numbers["precision_recall"] = asdict(precision_recall(generated, reference))
     return numbers
 
 

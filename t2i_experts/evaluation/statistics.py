@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,19 @@ class FeatureStatistics:
         self._scatter = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
         self._rows: list[Tensor] | None = []
 
-    def add(self, features: Tensor) -> None:
-        """features: (B, D), one row an image. Raises ValueError for another shape, and for NaN or infinity."""
+    def add(self, features: Tensor, names: Sequence[str] | None = None) -> None:
+        """features: (B, D), one row an image. Raises ValueError for another shape, and for NaN or infinity, which names the image.
+
+        names: of the images; None calls them by their numbers.
+        """
         if features.ndim != 2 or features.shape[1] != self.dimension:
             raise ValueError(f"features of shape {tuple(features.shape)} where (B, {self.dimension}) was expected")
         wrong = (~features.isfinite().all(1)).nonzero()
         if len(wrong):
-            raise ValueError(f"the features of image {self.count + int(wrong[0])} (counted from 0) hold NaN or infinity")
+            first = int(wrong[0])
+            image = f"image {self.count + first} (counted from 0)" if names is None else names[first]
+            more = f" (and those of {len(wrong) - 1} others beside it)" if len(wrong) > 1 else ""
+            raise ValueError(f"the features of {image} hold NaN or infinity{more}")
         if not len(features):
             return
         rows = features.detach().to(self.mean.device, torch.float64)
@@ -93,15 +100,16 @@ class FeatureStatistics:
         """The statistics of the images of all processes, the same in each; of this one where torch.distributed has not been started."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self
-        whole = FeatureStatistics(self.dimension, self.mean.device)
-        counted = torch.cat([self.mean.new_tensor([self.count]), self.count * self.mean])
+        whole = FeatureStatistics(self.dimension, "cpu" if torch.distributed.get_backend() == "gloo" else self.mean.device)
+        own = self.mean.to(whole.mean.device)
+        counted = torch.cat([own.new_tensor([self.count]), self.count * own])
         torch.distributed.all_reduce(counted)
         whole.count = round(float(counted[0]))
         whole.mean = counted[1:] / max(whole.count, 1)
-        deviation = self.mean - whole.mean
-        whole._scatter = self._scatter.addr(deviation, deviation, alpha=self.count)
+        deviation = own - whole.mean
+        whole._scatter = self._scatter.to(own.device).addr(deviation, deviation, alpha=self.count)
         torch.distributed.all_reduce(whole._scatter)
-        whole._rows = None if torch.distributed.get_world_size() > 1 else self._rows
+        whole._rows = [rows.to(own.device) for rows in self._everyones_rows()] if whole.count <= self.dimension else None
         return whole
 
     def gaussian(self) -> Gaussian:
@@ -112,6 +120,13 @@ class FeatureStatistics:
         if self._rows is not None:
             factor = ((torch.cat(self._rows) - self.mean) / (self.count - 1) ** 0.5).T.cpu()
         return Gaussian(self.mean.cpu(), (self._scatter / (self.count - 1)).cpu(), self.count, factor)
+
+    def _everyones_rows(self) -> list[Tensor]:
+        """The features of all processes, by rank, where there are few; on the CPU."""
+        assert self._rows is not None
+        found: list[list[Tensor]] = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(found, [rows.cpu() for rows in self._rows])
+        return [rows for some in found for rows in some]
 
     def _join(self, count: int, mean: Tensor) -> None:
         """Takes in the mean of some more images, whose scatter about that mean has been added already."""

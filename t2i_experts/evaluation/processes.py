@@ -1,0 +1,130 @@
+"""The processes that share one evaluation, as a launcher starts them, and how what fails in one of them ends all.
+
+They talk over the CPU's network (gloo), whatever device features are computed on: there is little to say, and a process that has ended is
+noticed at once, where NCCL would wait for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from t2i_experts.cascade.device import default_device, open_device
+
+Result = TypeVar("Result")
+
+_WAITING = timedelta(hours=2)
+"""How long processes wait for a slower one. One that has ended ends the others at once."""
+
+
+class FailedProcess(RuntimeError):
+    """Another process of this evaluation has failed, in another way than by wrong input."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """rank: of this process among `count`. local_rank: among the `local_count` of its host."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that tells the result."""
+        return self.rank == 0
+
+    def share(self, total: int) -> range:
+        """Which of `total` things are this process's: each is some process's, and no two have the same."""
+        return range(self.rank, total, self.count)
+
+    def device(self, device: str | None) -> torch.device:
+        """The device of that name, the best one if None; a GPU of its own for each process of a host.
+
+        Raises ValueError for one that this machine lacks, and for several processes on one GPU by its number.
+        """
+        place = default_device() if device is None else open_device(device, f"--device={device!r}")
+        if self.count == 1 or place.type != "cuda":
+            return place
+        if place != torch.device("cuda"):
+            raise ValueError(f"--device={device!r} would put {self.count} processes on one GPU; say cuda, and each takes one of its own")
+        return open_device(f"cuda:{self.local_rank}", f"--device=cuda:{self.local_rank}, of process {self.local_rank} on its host,")
+
+    def together(self, step: Callable[[], Result]) -> Result:
+        """Takes a step, which exchanges nothing, in every process; returns this one's result when all have succeeded.
+
+        Raises, in every process, what was raised in one of them: its own error where it has one; else ValueError for wrong input, or
+        FailedProcess.
+        """
+        if self.count == 1:
+            return step()
+        own: Exception | None = None
+        try:
+            result = step()
+        except Exception as error:
+            own = error
+        found = self.everyones(None if own is None else (isinstance(own, ValueError), str(own), type(own).__name__))
+        if own is not None:
+            raise own
+        for rank, failure in enumerate(found):
+            if failure is not None:
+                wrong_input, message, kind = failure
+                if wrong_input:
+                    raise ValueError(f"process {rank}: {message}")
+                raise FailedProcess(f"process {rank} has failed with {kind}: {message}")
+        return result
+
+    def agree(self, what: str, value: object) -> None:
+        """Raises ValueError, in every process, if this value is not the same in all of them."""
+        for rank, other in enumerate(self.everyones(value)):
+            if other != value:
+                raise ValueError(f"{what}: processes {self.rank} and {rank} see different ones: {value!r} and {other!r}")
+
+    def gather(self, value: Result) -> list[Result]:
+        """The values of all processes by their ranks, on the main process; nothing on the others."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] | None = [None] * self.count if self.main else None
+        connected(lambda: dist.gather_object(value, found))
+        return found or []
+
+    def everyones(self, value: Result) -> list[Result]:
+        """The values of all processes by their ranks, on each of them."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        connected(lambda: dist.all_gather_object(found, value))
+        return found
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def open_processes() -> Iterator[Processes]:
+    """This process among those of the launcher (accelerate launch, torchrun), as its environment says; alone without one."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield ALONE
+        return
+    dist.init_process_group("gloo", timeout=_WAITING)
+    yield Processes(
+        dist.get_rank(), count, int(os.environ.get("LOCAL_RANK", dist.get_rank())), int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    )
+    dist.destroy_process_group()  # not after an error, when others may not answer: the process ends then
+
+
+def connected(exchange: Callable[[], Result]) -> Result:
+    """What an exchange with the other processes gives. Raises FailedProcess if one of them has ended meanwhile."""
+    try:
+        return exchange()
+    except RuntimeError as error:
+        raise FailedProcess("another process of this evaluation has ended; its message says why") from error
