@@ -20,6 +20,7 @@ import t2i_experts
 from t2i_experts.cascade.pipeline import CascadePipeline
 from t2i_experts.config import load_config
 from t2i_experts.evaluation.features import FeatureOptions, load_features
+from t2i_experts.evaluation.metrics import load_metric
 from t2i_experts.registry import Registry
 from t2i_experts.training.trainer import train
 
@@ -66,6 +67,7 @@ def test_they_are_listed(t2i: Installed) -> None:
         ("backbone", "mixer"): "networks",
         ("codec", "pooled"): "networks",
         ("features", "brightness"): "networks",
+        ("metric", "lightness"): "networks",
         ("command", "mixer"): "networks",
     }
 
@@ -117,6 +119,16 @@ def test_pictures_are_compared_by_their_features(t2i: Installed, tmp_path: Path)
     assert record["features"]["name"] == "brightness distance"
     wrong = t2i("eval", "fid", tmp_path / "dark", tmp_path / "light", "--features", "brightness", "--weights", "x", code=2)
     assert "--weights='x' does not apply to --features brightness; it has no options" in wrong.stderr
+
+
+def test_pictures_with_captions_are_measured_by_their_metric(t2i: Installed, tmp_path: Path) -> None:
+    for name, colour in (("bright", "#ffffff"), ("dark", "#333333"), ("grey", "#666666")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(f"a {name} wall")
+    done = t2i("eval", "score", tmp_path, "--metric", "lightness", "word=bright", "--device", "cpu", "--json")
+    record = json.loads(done.stdout)
+    assert record["mean"] == pytest.approx((1 + 0.8 + 0.6) / 3) and record["error"] == pytest.approx(0.2 / 3**0.5)
+    assert record["metric"] == {"name": "lightness", "metric": "lightness", "word": "bright"} and record["count"] == 3
 
 
 @pytest.mark.slow
@@ -217,3 +229,19 @@ def test_the_features_of_the_page_compare(tmp_path: Path, monkeypatch: pytest.Mo
     assert features[0, 0] == images[0, 0, :3, :2].float().mean()
     with pytest.raises(ValueError, match="--weights='x' does not apply"):
         load_features("colours", FeatureOptions(weights="x"), "cpu")
+
+
+def test_the_metric_of_the_page_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "t2i_experts" / "PLUGINS.md").read_text(encoding="utf-8")
+    (block,) = (text for text in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "class ColourMetric" in text)
+    registry, names = Registry(plugins=()), dict[str, Any]()
+    exec(block, names)
+    names["register"](registry)
+    monkeypatch.setattr("t2i_experts.evaluation.metrics.registry", registry)
+    metric = load_metric("colour", {"green": "lawn"}, "cpu")
+    images = torch.tensor([[200, 100, 0], [0, 50, 0], [0, 9, 200]], dtype=torch.uint8)[:, :, None, None].expand(-1, -1, 6, 4)
+    captions = ["a red sky", "the lawn", "blue and red"]
+    assert metric.values(metric.prepare(images), captions).tolist() == pytest.approx([200 / 300, 1, 100 / 209])
+    assert metric.cut(captions) == [0, 0, 0]
+    with pytest.raises(ValueError, match="pink='x' is no option of the metric colour; it has red, green, blue"):
+        load_metric("colour", {"pink": "x"}, "cpu")

@@ -62,7 +62,7 @@ def test_an_unknown_kind_is_refused_by_every_door() -> None:
     registry = Registry()
     for door in (lambda: registry.add("smapler", "x", dict), lambda: registry.get("smapler", "x"), lambda: registry.names("smapler")):
         with pytest.raises(
-            ValueError, match=r"kind of part 'smapler'; allowed: backbone, codec, command, encoder, features, sampler, source"
+            ValueError, match=r"kind of part 'smapler'; allowed: backbone, codec, command, encoder, features, metric, sampler, source"
         ):
             door()
 

@@ -36,7 +36,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "ema": LazyCommand("t2i_experts.cli.ema:ema", "Average the weights of a finished run over another width."),
     "config": LazyCommand("t2i_experts.cli.config:app", "Show, check, compare, list and copy configs."),
     "shards": LazyCommand("t2i_experts.cli.shards:app", "Build, check, show and measure training data."),
-    "eval": LazyCommand("t2i_experts.cli.eval:app", "Measure what pictures are worth: FID, the judge's verdicts."),
+    "eval": LazyCommand("t2i_experts.cli.eval:app", "Measure what pictures are worth: FID, CLIP score, the judge."),
     "doctor": LazyCommand("t2i_experts.cli.doctor:doctor", "Look at the installation, the machine and a config's needs."),
     "bench": LazyCommand("t2i_experts.cli.bench:app", "Time this project's code beside strong baselines."),
     "plugins": LazyCommand("t2i_experts.cli.plugins:plugins", "List the plugins, and all parts that are chosen by name."),

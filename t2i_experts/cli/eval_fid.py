@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from t2i_experts.cli.options import Json, Workers, complete_features, one_voice
+from t2i_experts.cli.distances import distance_lines
+from t2i_experts.cli.measuring import check_pace, machine
+from t2i_experts.cli.options import Features, Json, Kid, PrecisionRecall, Protocol, Resize, Weights, Workers, one_voice
 from t2i_experts.cli.progress import no_bar, progress_bar
 
 if TYPE_CHECKING:
-    import torch
-
     from t2i_experts.evaluation.protocol import MeasuredSet
 
 
@@ -25,28 +24,15 @@ def fid(
         Path, typer.Argument(metavar="A", help="What is judged: a folder of pictures, a folder of shards, or an .npz of statistics.")
     ],
     b: Annotated[Path | None, typer.Argument(metavar="B", help="The reference, of the same kinds; not needed with --save-stats.")] = None,
-    features: Annotated[
-        str, typer.Option(help="Network: inception (FID), open_clip, squeezenet, or a plugin's.", autocompletion=complete_features)
-    ] = "inception",
-    protocol: Annotated[
-        str | None,
-        typer.Option(help="Inception's resizing and scaling: pytorch-fid (default) or tf1 (torch-fidelity).", show_default=False),
-    ] = None,
-    resize: Annotated[str | None, typer.Option(help="clean: clean-fid's filter, with tf1's scaling.", show_default=False)] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="File (.pth, .safetensors, .npz), URL or OWNER/REPO/FILE of the hub; open_clip's tag. Else inception's public ones.",
-            show_default=False,
-        ),
-    ] = None,
+    features: Features = "inception",
+    protocol: Protocol = None,
+    resize: Resize = None,
+    weights: Weights = None,
     model: Annotated[
         str | None, typer.Option(help="Of open_clip: embedded:clip, a folder, hf-hub:ID or an architecture.", show_default=False)
     ] = None,
-    kid: Annotated[bool, typer.Option("--kid", help="Also the kernel distance, with its spread over 100 subsets.")] = False,
-    precision_recall: Annotated[
-        bool, typer.Option("--precision-recall", help="Also precision and recall, by 3 nearest neighbours.")
-    ] = False,
+    kid: Kid = False,
+    precision_recall: PrecisionRecall = False,
     infinity: Annotated[
         bool, typer.Option("--infinity", help="Also the distance that infinitely many pictures like A would have.")
     ] = False,
@@ -67,12 +53,7 @@ def fid(
 
     On several GPUs or hosts: accelerate launch -m t2i_experts eval fid A B. The processes share the pictures; the number stays the same.
     """
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    for name, value in (("batch", batch), ("workers", workers)):
-        if value < 1:
-            raise ValueError(f"--{name}={value} must be at least 1")
+    workers = check_pace(batch, workers)
     if b is None and save_stats is None:
         raise ValueError("B is missing: give the reference, or --save-stats FILE to keep the statistics of A")
     if save_stats is not None and (save_stats.suffix != ".npz" or not save_stats.absolute().parent.is_dir()):
@@ -119,7 +100,7 @@ def fid(
         "saved": None if save_stats is None else str(save_stats),
         "settings": {"batch": batch, "workers": workers, "seed": seed},
         "processes": processes.count,
-        **_machine(place),
+        **machine(place),
         "seconds": round(time.perf_counter() - started, 3),
     }
     if as_json:
@@ -127,18 +108,6 @@ def fid(
         return
     for line in _lines(record, sets):
         typer.echo(line)
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    """What it was computed on and with. JPEG's decoder counts among the versions: others differ in the last bit."""
-    from importlib.metadata import version
-
-    from PIL import features
-
-    from t2i_experts.bench.machine import describe
-
-    packages = {name: version(name) for name in ("torch", "numpy", "pillow", "open-clip-torch")}
-    return {"machine": describe(device), "versions": {**packages, "libjpeg-turbo": features.version("libjpeg_turbo")}}
 
 
 def _lines(record: dict[str, Any], sets: dict[str, MeasuredSet]) -> list[str]:
@@ -155,19 +124,6 @@ def _lines(record: dict[str, Any], sets: dict[str, MeasuredSet]) -> list[str]:
     if record["saved"]:
         lines.append(f"statistics of A: {record['saved']}")
     if "distance" in record:
-        name = made.get("name", "Frechet distance")
-        lines.append(f"{name} {record['distance']:.4f}")
-        few = [
-            f"{what} has {n:,}" for what, s in sorted(sets.items()) if (n := s.record["count"]) is not None and n <= len(s.gaussian.mean)
-        ]
-        if few:
-            lines.append(f"  with few pictures it is far too large: {', '.join(few)} for {len(sets['A'].gaussian.mean):,} dimensions")
-        if "infinity" in record:
-            lines.append(f"{name} of infinitely many pictures {record['infinity']['value']:.4f} +- {record['infinity']['error']:.4f}")
-        if "kid" in record:
-            lines.append("KID {mean:.6f} +- {spread:.6f} ({subsets} subsets of {size})".format(**record["kid"]))
-        if "precision_recall" in record:
-            lines.append(
-                "precision {precision:.4f}, recall {recall:.4f} ({neighbours} nearest neighbours)".format(**record["precision_recall"])
-            )
+        counts = {what: measured.record["count"] for what, measured in sorted(sets.items())}
+        lines += distance_lines(record, made.get("name", "Frechet distance"), len(sets["A"].gaussian.mean), counts)
     return lines

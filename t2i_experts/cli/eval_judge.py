@@ -11,7 +11,7 @@ import typer
 
 from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, what_decides
 from t2i_experts.cli.importing import without_collecting
-from t2i_experts.cli.options import Json, complete_model, complete_sampler, one_voice
+from t2i_experts.cli.options import BatchSize, Device, Dtype, Guidance, Json, Model, Sampler, Steps, Threshold, one_voice
 from t2i_experts.cli.progress import no_bar, progress_bar
 
 if TYPE_CHECKING:
@@ -25,19 +25,17 @@ _SHOWN = 96  # pictures on the sheet
 
 @one_voice()
 def judge(
-    model: Annotated[
-        str | None, typer.Option(help="A model folder or hub id; default: the embedded model.", autocompletion=complete_model)
-    ] = None,
+    model: Model = None,
     judge: Annotated[str, typer.Option(help="A judge's folder, as scripts/train_judge.py writes it.")] = "embedded:judge",
     num: Annotated[int, typer.Option(help="Prompts, with one picture each.")] = 200,
     seed: Annotated[int, typer.Option(help="Chooses the prompts and the noise.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="euler, heun or dpmpp_2m.", autocompletion=complete_sampler)] = None,
-    threshold: Annotated[float | None, typer.Option(help="Percentile of dynamic thresholding, such as 0.995; 0 is none.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Pictures that are computed together.")] = 64,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: bfloat16 where the device computes in it.")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    sampler: Sampler = None,
+    threshold: Threshold = None,
+    batch_size: BatchSize = 64,
+    device: Device = None,
+    dtype: Dtype = None,
     out: Annotated[Path | None, typer.Option(help="New folder for the pictures, a sheet of them with verdicts, and result.json.")] = None,
     as_json: Json = False,
 ) -> None:

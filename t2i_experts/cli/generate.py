@@ -15,7 +15,7 @@ import typer
 
 from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, what_decides
 from t2i_experts.cli.importing import without_collecting
-from t2i_experts.cli.options import Json, complete_model, complete_sampler
+from t2i_experts.cli.options import BatchSize, Compile, Device, Dtype, Guidance, Json, Model, Sampler, Steps, Threshold
 
 if TYPE_CHECKING:
     from t2i_experts.cascade.pipeline import CascadePipeline
@@ -32,22 +32,20 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed, prompt and settings give the same picture.")] = 0,
     negative: Annotated[str, typer.Option(help="What to steer away from.")] = "",
     style: Annotated[Path | None, typer.Option(help="A reference picture whose style is taken over.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A model folder or hub id; default: the embedded model.", autocompletion=complete_model)
-    ] = None,
+    model: Model = None,
     size: Annotated[int | None, typer.Option(help="Side of the picture in pixels: the model's own, or an error.")] = None,
     width: Annotated[
         int | None, typer.Option(help="In pixels, with --height: for models that were trained with aspect-ratio buckets.")
     ] = None,
     height: Annotated[int | None, typer.Option(help="In pixels, with --width: one of the model's buckets, or an error.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="euler, heun or dpmpp_2m.", autocompletion=complete_sampler)] = None,
-    threshold: Annotated[float | None, typer.Option(help="Percentile of dynamic thresholding, such as 0.995; 0 is none.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Pictures that are computed together.")] = 8,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: bfloat16 where the device computes in it.")] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the network first: a minute that pays for many pictures.")] = False,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    sampler: Sampler = None,
+    threshold: Threshold = None,
+    batch_size: BatchSize = 8,
+    device: Device = None,
+    dtype: Dtype = None,
+    compile: Compile = False,
     as_json: Json = False,
 ) -> None:
     """Make pictures from a prompt."""

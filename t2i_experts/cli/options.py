@@ -74,6 +74,13 @@ def complete_features(incomplete: str) -> list[str]:
     return [name for name in registry.names("features") if name.startswith(incomplete)]
 
 
+def complete_metric(incomplete: str) -> list[str]:
+    """The metrics of pictures with captions, plugins' too."""
+    from t2i_experts.registry import registry
+
+    return [name for name in registry.names("metric") if name.startswith(incomplete)]
+
+
 def _paths(incomplete: str, pattern: str) -> list[str]:
     return sorted(glob.glob(glob.escape(incomplete) + pattern))
 
@@ -85,3 +92,31 @@ Config = Annotated[
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that replace the file's.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Workers = Annotated[int | None, typer.Option(help="Threads that decode pictures; all cores if not given.", show_default=False)]
+
+Model = Annotated[str | None, typer.Option(help="A model folder or hub id; default: the embedded model.", autocompletion=complete_model)]
+Steps = Annotated[int | None, typer.Option(help="Sampling steps.")]
+Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")]
+Sampler = Annotated[str | None, typer.Option(help="euler, heun or dpmpp_2m.", autocompletion=complete_sampler)]
+Threshold = Annotated[float | None, typer.Option(help="Percentile of dynamic thresholding, such as 0.995; 0 is none.")]
+BatchSize = Annotated[int, typer.Option(help="Pictures that are computed together.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.")]
+Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16; default: bfloat16 where the device computes in it.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile the network first: a minute that pays for many pictures.")]
+
+Features = Annotated[
+    str, typer.Option(help="Network: inception (FID), open_clip, squeezenet, or a plugin's.", autocompletion=complete_features)
+]
+Protocol = Annotated[
+    str | None,
+    typer.Option(help="Inception's resizing and scaling: pytorch-fid (default) or tf1 (torch-fidelity).", show_default=False),
+]
+Resize = Annotated[str | None, typer.Option(help="clean: clean-fid's filter, with tf1's scaling.", show_default=False)]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="File (.pth, .safetensors, .npz), URL or OWNER/REPO/FILE of the hub; open_clip's tag. Else inception's public ones.",
+        show_default=False,
+    ),
+]
+Kid = Annotated[bool, typer.Option("--kid", help="Also the kernel distance, with its spread over 100 subsets.")]
+PrecisionRecall = Annotated[bool, typer.Option("--precision-recall", help="Also precision and recall, by 3 nearest neighbours.")]

@@ -106,7 +106,8 @@ class Towers:
     """One loaded open_clip network, taken apart: a tower that no encoder takes is freed with this.
 
     text: the network without its image tower. image: the image tower. model_config: open_clip's `model_cfg`.
-    preprocess: open_clip's size, mean, std of the images. source: the local folder, or None for public weights.
+    preprocess: open_clip's size, mean, std, resize_mode and interpolation of the images. source: the local folder, or None for public
+    weights.
     """
 
     text: Any
@@ -268,6 +269,11 @@ class CLIPImageEncoder:
         self.pooled_width = self.width
         size = towers.preprocess["size"]
         self.size: int = size if isinstance(size, int) else size[0]
+        resize_mode = towers.preprocess.get("resize_mode") or "shortest"
+        if resize_mode not in ("shortest", "squash"):
+            raise ValueError(f"this image tower wants its pictures resized by resize_mode={resize_mode!r}; allowed: shortest, squash")
+        self._squash = resize_mode == "squash"
+        self._filter = "bilinear" if towers.preprocess.get("interpolation") == "bilinear" else "bicubic"
         self._mean = torch.tensor(towers.preprocess["mean"])[:, None, None]
         self._std = torch.tensor(towers.preprocess["std"])[:, None, None]
         self._source = towers.source
@@ -289,13 +295,22 @@ class CLIPImageEncoder:
             features: Tensor = self.model(pixels).float()
         return Embedding(features[:, None], torch.ones(len(images), 1, dtype=torch.bool, device=device), features)
 
+    @property
+    def resizing(self) -> str:
+        """How pictures come to the tower's size, in words."""
+        return f"{self._filter}, antialiased, {'both sides to the size' if self._squash else 'centre crop'}"
+
     def preprocess(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 3, size, size), normalised: shorter side to `size` (antialiased bicubic), centre crop."""
+        """(B, 3, H, W) in [-1, 1] -> (B, 3, size, size), normalised, as open_clip's own transform, but not rounded to whole numbers.
+
+        The shorter side comes to `size`, and what the longer one has more is cut off at both ends; or both sides come to `size`, where
+        the tower was trained so.
+        """
         height, width = images.shape[-2:]
-        scale = self.size / min(height, width)
-        height, width = max(self.size, round(height * scale)), max(self.size, round(width * scale))
-        images = interpolate(images.float(), (height, width), mode="bicubic", antialias=True)
-        top, left = (height - self.size) // 2, (width - self.size) // 2
+        shorter = min(height, width)
+        height, width = (self.size, self.size) if self._squash else (self.size * height // shorter, self.size * width // shorter)
+        images = interpolate(images.float(), (height, width), mode=self._filter, antialias=True)
+        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
         images = images[..., top : top + self.size, left : left + self.size]
         if self._mean.device != images.device:  # once, since such a copy waits for the device
             self._mean, self._std = self._mean.to(images.device), self._std.to(images.device)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from t2i_experts.conditioning.clip import CLIPImageEncoder
+from t2i_experts.conditioning.clip import CLIPImageEncoder, Towers
 from t2i_experts.conditioning.frozen import fingerprint, freeze, frozen_forward
 from t2i_experts.config import EncoderConfig
 from t2i_experts.evaluation import inception, squeezenet
@@ -177,21 +177,32 @@ class SqueezeNetFeatures:
         return _encoded(self.network, prepared)
 
 
+def open_towers(model: str, weights: str | None) -> Towers:
+    """Both towers of an open_clip network, on the CPU: an architecture with `weights`, the tag of public ones or a file; or a local
+    open_clip folder, an `hf-hub:` id or `embedded:clip`, which bring theirs. Raises ValueError if it is not to be had.
+    """
+    try:
+        return Towers.load(EncoderConfig("clip_image", model, weights), None, None)
+    except ValueError as error:
+        raise ValueError(f"model={model!r} with weights={weights!r}: {error}") from error
+
+
 class OpenCLIPFeatures:
     """The image embedding of a CLIP, not normalised, as CLIP-FID has it (Kynkaanniemi et al., arXiv 2203.06026).
 
-    `model` is an open_clip architecture with `weights` as its tag, a local open_clip folder, an `hf-hub:` id, or `embedded:clip`.
+    `options.model` and `options.weights` name the network as in `open_towers`.
     """
 
-    def __init__(self, encoder: CLIPImageEncoder, options: FeatureOptions) -> None:
-        self.encoder = encoder
+    def __init__(self, towers: Towers, options: FeatureOptions, device: torch.device | str) -> None:
+        self.encoder = encoder = CLIPImageEncoder(towers)
+        freeze(encoder.model, device, torch.float32)
         self.dimension = encoder.width
         self.record = {
             "name": "CLIP-FID",
             "features": "open_clip",
             "dimension": encoder.width,
             "model": options.model,
-            "resize": "bicubic, antialiased, centre crop",
+            "resize": encoder.resizing,
             "size": encoder.size,
             "weights": options.weights,
             "sha256": fingerprint(encoder.model),
@@ -205,8 +216,7 @@ class OpenCLIPFeatures:
             raise ValueError(
                 "--features open_clip needs --model: embedded:clip, a folder, hf-hub:ID, or an architecture with --weights TAG"
             )
-        encoder = CLIPImageEncoder.load(EncoderConfig("clip_image", options.model, options.weights), None, device)
-        return cls(encoder, options)
+        return cls(open_towers(options.model, options.weights), options, device)
 
     def prepare(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 to the tower's normalised (B, 3, size, size) float32."""
@@ -226,13 +236,13 @@ def checked(images: Tensor) -> Tensor:
 
 def _encoded(network: nn.Module, prepared: Tensor) -> Tensor:
     device = next(network.parameters()).device
-    with frozen_forward(device), _exact_convolutions():
+    with frozen_forward(device), exact_convolutions():
         features: Tensor = network(prepared.to(device))
     return features.float()
 
 
 @contextmanager
-def _exact_convolutions() -> Iterator[None]:
+def exact_convolutions() -> Iterator[None]:
     """Float32 that is float32: TF32, cuDNN's default, would move features by 1e-3."""
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
         yield

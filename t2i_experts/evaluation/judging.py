@@ -13,6 +13,7 @@ from torch import Tensor
 from t2i_experts.cascade.pipeline import CascadePipeline
 from t2i_experts.config import SamplingConfig
 from t2i_experts.evaluation.composition import Claim, Prompt, holds, scores
+from t2i_experts.evaluation.generation import draw
 from t2i_experts.evaluation.judge import Judge, Reading
 from t2i_experts.evaluation.processes import ALONE, Processes
 
@@ -67,15 +68,15 @@ def draw_and_judge(
     share = processes.share(len(prompts))
     images: list[Tensor] = []
 
-    def draw() -> list[Reading]:
-        for start in range(0, len(share), batch_size):
-            indices = share[start : start + batch_size]
-            images.append(pipeline([prompts[i].text for i in indices], seed=seed, indices=indices, sampling=sampling))
-            progress(start + len(indices), len(share))
+    def look() -> list[Reading]:
+        texts = [prompt.text for prompt in prompts]
+        for _, batch in draw(pipeline, texts, indices=share, seed=seed, sampling=sampling, batch_size=batch_size):
+            images.append(batch)
+            progress(sum(map(len, images)), len(share))
         return judge(torch.cat(images)) if images else []
 
-    readings = processes.together(draw)
-    mine = [*zip(share, (image for batch in images for image in batch.cpu()), readings, strict=True)]
+    readings = processes.together(look)
+    mine = [*zip(share, itertools.chain(*images), readings, strict=True)]
     drawn = sorted(itertools.chain(*processes.gather(mine)), key=lambda one: one[0])
     if not processes.main:
         return None

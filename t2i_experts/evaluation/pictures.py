@@ -19,8 +19,18 @@ from t2i_experts.shards.images import SOURCE_EXTENSIONS, whole
 from t2i_experts.shards.parallel import in_order
 from t2i_experts.shards.reader import ShardReader
 
+LOOKED_FOR = f"looked for tars, and for {', '.join(SOURCE_EXTENSIONS)}"
 _LISTED = 10
 _OTHER_FORMATS = ("avif", "heic", "heif", "jfif", "jp2", "jxl", "pbm", "pgm", "ppm", "psd", "svg", "tga")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A picture as it is stored. data: the bytes of its file. captions: those that its set knows."""
+
+    name: str
+    data: bytes
+    captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,7 @@ class Picture:
     pixels: Tensor
     digest: bytes
     name: str
+    captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,15 +54,16 @@ class Unreadable:
 class PictureSet:
     """path: of the folder. kind: `folder` or `shards`. count: of its pictures.
 
-    load: name and bytes of the picture with some index, for several threads at once; raises ValueError, which names the picture.
-    listing: sha256 of what is listed there, before any picture is read.
+    load: the picture with some index, for several threads at once; raises ValueError, which names the picture. listing: sha256 of what is
+    listed there, before any picture is read. names: of the files of a folder, relative to it, in order.
     """
 
     path: Path
     kind: str
     count: int
-    load: Callable[[int], tuple[str, bytes]]
+    load: Callable[[int], Stored]
     listing: str
+    names: Sequence[str] = ()
 
     def read(self, workers: int, indices: range | None = None) -> Iterator[Picture | Unreadable]:
         """Every picture in order, or those of some indices, decoded by some threads: at its own size, upright, transparency on white."""
@@ -60,49 +72,56 @@ class PictureSet:
 
     def _decoded(self, index: int) -> Picture | Unreadable:
         try:
-            name, data = self.load(index)
+            stored = self.load(index)
         except ValueError as error:
             return Unreadable(str(error))
         try:
-            pixels = torch.from_numpy(np.array(whole(data))).permute(2, 0, 1)
+            pixels = torch.from_numpy(np.array(whole(stored.data))).permute(2, 0, 1)
         except ValueError as error:
-            return Unreadable(f"{name}: {error}")
-        digest = hashlib.sha256(hashlib.sha256(name.encode(errors="surrogateescape")).digest() + data).digest()
-        return Picture(pixels, digest, name)
+            return Unreadable(f"{stored.name}: {error}")
+        return Picture(pixels, named_digest(stored.name, stored.data), stored.name, stored.captions)
 
 
 def open_pictures(path: Path, what: str) -> PictureSet:
     """Those under a folder, or those of its shards if it holds tars. Raises ValueError, beginning with `what`, for fewer than two."""
     if not path.is_dir():
         raise ValueError(f"{what}={str(path)!r} is {'neither a folder nor an .npz file' if path.exists() else 'not there'}")
-    tars = any(path.glob("[!.]*.tar"))
-    if tars and (beside := next(_walk(path, SOURCE_EXTENSIONS), None)) is not None:
+    if any(path.glob("[!.]*.tar")) and (beside := next(walk(path, SOURCE_EXTENSIONS), None)) is not None:
         raise ValueError(f"{what}={str(path)!r} holds tars and, beside them, pictures such as {beside.name}: which are meant?")
-    pictures = _of_shards(path) if tars else _of_folder(path)
+    pictures = find_pictures(path)
+    _refuse_captions_alone(path, pictures.names)
     if pictures.count < 2:
-        kinds = f"; looked for tars, and for {', '.join(SOURCE_EXTENSIONS)}" if not pictures.count else ""
+        kinds = f"; {LOOKED_FOR}" if not pictures.count else ""
         raise ValueError(f"{what}={str(path)!r} holds {pictures.count} pictures, and a distance needs at least 2{kinds}")
     return pictures
 
 
+def find_pictures(path: Path) -> PictureSet:
+    """Those of a folder's shards if it holds tars, else those under it, of which there may be none."""
+    return _of_shards(path) if any(path.glob("[!.]*.tar")) else _of_folder(path)
+
+
 def _of_folder(path: Path) -> PictureSet:
-    files = list(_walk(path, SOURCE_EXTENSIONS))
-    _refuse_captions_alone(path, files)
-    others = [file.relative_to(path).as_posix() for file in _walk(path, _OTHER_FORMATS)] if files else []
+    names = [file.relative_to(path).as_posix() for file in walk(path, SOURCE_EXTENSIONS)]
+    others = [file.relative_to(path).as_posix() for file in walk(path, _OTHER_FORMATS)] if names else []
     if others:
         raise ValueError(
             f"{len(others):,} pictures under {path} are in formats that are not read: {_named(others)}; convert them, or take them away"
         )
 
-    def load(index: int) -> tuple[str, bytes]:
-        name = files[index].relative_to(path).as_posix()
+    def load(index: int) -> Stored:
         try:
-            return name, files[index].read_bytes()
+            return Stored(names[index], (path / names[index]).read_bytes())
         except OSError as error:
-            raise ValueError(f"{name}: {error.strerror or error}") from error
+            raise ValueError(f"{names[index]}: {error.strerror or error}") from error
 
-    names = "\n".join(file.relative_to(path).as_posix() for file in files)
-    return PictureSet(path, "folder", len(files), load, hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest())
+    listing = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
+    return PictureSet(path, "folder", len(names), load, listing, names)
+
+
+def named_digest(name: str, data: bytes) -> bytes:
+    """sha256 of something that belongs to a name."""
+    return hashlib.sha256(hashlib.sha256(name.encode(errors="surrogateescape")).digest() + data).digest()
 
 
 def set_hash(digests: Sequence[bytes]) -> str:
@@ -124,18 +143,18 @@ def _of_shards(path: Path) -> PictureSet:
     """Bytes are read by one thread at a time, since the reader's open files are shared; decoding takes far longer."""
     reader, lock = ShardReader([path], size=1, seed=0), threading.Lock()
 
-    def load(index: int) -> tuple[str, bytes]:
+    def load(index: int) -> Stored:
         with lock:
             sample = reader.raw(index)
-        return sample.key, sample.image
+        return Stored(sample.key, sample.image, sample.captions)
 
     return PictureSet(path, "shards", reader.samples, load, reader.dataset_hash)
 
 
-def _refuse_captions_alone(path: Path, files: Sequence[Path]) -> None:
+def _refuse_captions_alone(path: Path, names: Sequence[str]) -> None:
     """Raises ValueError for a .txt without a picture of its name, in a folder where such files are captions: where another one has one."""
-    pictures = {file.with_suffix("") for file in files}
-    captions = list(_walk(path, ("txt",)))
+    pictures = {(path / name).with_suffix("") for name in names}
+    captions = list(walk(path, ("txt",))) if names else []
     lone = [file.relative_to(path).as_posix() for file in captions if file.with_suffix("") not in pictures]
     if lone and len(lone) < len(captions):
         raise ValueError(
@@ -148,8 +167,8 @@ def _named(names: Sequence[str]) -> str:
     return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else "")
 
 
-def _walk(folder: Path, extensions: Sequence[str]) -> Iterator[Path]:
-    """Files under a folder, sorted within each folder; hidden ones are passed over.
+def walk(folder: Path, extensions: Sequence[str]) -> Iterator[Path]:
+    """Files under a folder, sorted within each folder, before those of its subfolders; hidden ones are passed over.
 
     Raises ValueError for a folder that is closed, and for a link to one, whose pictures might be left out or come twice.
     """

@@ -140,7 +140,8 @@ def measure_pictures(
 
     def flush() -> None:
         if waiting:
-            gathered.add(_prepared(extractor, [picture.pixels for picture in waiting], pace.device), [picture.name for picture in waiting])
+            batch = prepared(extractor.prepare, [picture.pixels for picture in waiting], pace.device)
+            gathered.add(batch, [picture.name for picture in waiting])
             waiting.clear()
 
     def read() -> None:
@@ -276,11 +277,11 @@ def check_alike(a: str, made_a: Mapping[str, Any] | None, b: str, made_b: Mappin
             raise ValueError(f"the features of {a} and of {b} were made differently: {name}={first!r} and {name}={second!r}")
 
 
-def _prepared(extractor: FeatureExtractor, images: Sequence[Tensor], device: torch.device) -> Tensor:
-    """A batch of pictures as the network takes them; those of one size are resized together, others one by one."""
+def prepared(prepare: Callable[[Tensor], Tensor], images: Sequence[Tensor], device: torch.device) -> Tensor:
+    """A batch of pictures as a network takes them; those of one size are resized together, others one by one."""
     if len({image.shape for image in images}) == 1:
-        return extractor.prepare(torch.stack(list(images)).to(device))
-    return torch.cat([extractor.prepare(image[None].to(device)) for image in images])
+        return prepare(torch.stack(list(images)).to(device))
+    return torch.cat([prepare(image[None].to(device)) for image in images])
 
 
 def _features(measured: MeasuredSet, option: str) -> Tensor:

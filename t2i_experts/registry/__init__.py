@@ -64,6 +64,9 @@ BUILT_IN: Mapping[str, Mapping[str, str] | str] = {
         "squeezenet": "t2i_experts.evaluation.features:SqueezeNetFeatures",
         "open_clip": "t2i_experts.evaluation.features:OpenCLIPFeatures",
     },
+    "metric": {
+        "clip": "t2i_experts.evaluation.clip_score:CLIPScore",
+    },
     "command": "t2i_experts.cli.app:COMMANDS",
 }
 """Kind -> name -> "module:attribute", imported when it is asked for, so that listing names costs nothing. Commands have their table."""

@@ -14,6 +14,18 @@ def coco_source(path: Path, images: Path | None, skipped: Skipped) -> Iterator[R
 
     Raises ValueError that names the entry if the file is not such JSON; an instances file, say, has annotations without captions.
     """
+    entries, unlisted = read_captions(path)
+    for identity, caption in unlisted:
+        skipped.add("caption of an image that is not listed", f"image_id {identity}: {caption}")
+    rows = ((entry["file_name"], captions, {k: v for k, v in entry.items() if k != "file_name"}) for entry, captions in entries)
+    yield from grouped(rows, images or path.parent)
+
+
+def read_captions(path: Path) -> tuple[list[tuple[dict[str, Any], list[str]]], list[tuple[int | str, str]]]:
+    """(the entries of the images with their captions, both in the file's order; image_id and caption of images that are not listed).
+
+    Each entry has at least `id`, a whole number or text, and `file_name`. Raises ValueError as `coco_source`, and for a missing file.
+    """
     try:
         document = json_object(path.read_bytes())
         entries, annotations = (document.get(name) for name in ("images", "annotations"))
@@ -26,17 +38,19 @@ def coco_source(path: Path, images: Path | None, skipped: Skipped) -> Iterator[R
             if identity in captions:
                 raise ValueError(f"images[{i}]: the id {identity!r} occurs twice")
             captions[identity] = []
+        unlisted = []
         for i, annotation in enumerate(annotations):
             caption = _field(annotation, "caption", (str,), f"annotations[{i}]")
             identity = _field(annotation, "image_id", (int, str), f"annotations[{i}]")
             if identity in captions:
                 captions[identity].append(caption)
             else:
-                skipped.add("caption of an image that is not listed", f"image_id {identity}: {caption}")
+                unlisted.append((identity, caption))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    rows = ((entry["file_name"], captions[entry["id"]], {k: v for k, v in entry.items() if k != "file_name"}) for entry in entries)
-    yield from grouped(rows, images or path.parent)
+    return [(entry, captions[entry["id"]]) for entry in entries], unlisted
 
 
 def _field(entry: Any, name: str, kinds: tuple[type, ...], place: str) -> Any:

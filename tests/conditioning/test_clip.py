@@ -13,7 +13,7 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 
-from t2i_experts.conditioning.clip import CLIPImageEncoder, CLIPTextEncoder, CLIPTokenizer
+from t2i_experts.conditioning.clip import CLIPImageEncoder, CLIPTextEncoder, CLIPTokenizer, Towers
 from t2i_experts.config import EncoderConfig
 from t2i_experts.types import Tokens
 
@@ -136,17 +136,27 @@ def test_text_features_do_not_depend_on_padding_or_neighbours(text: CLIPTextEnco
             torch.testing.assert_close(together.pooled[row], alone.pooled[0], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (60, 91), (16, 16)])
+@pytest.mark.parametrize("way", [{}, {"resize_mode": "squash", "interpolation": "bilinear"}], ids=["as CLIP", "as SigLIP"])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (60, 91), (95, 64), (16, 16)])
 def test_images_reach_the_tower_as_open_clip_prepares_them(
-    image: CLIPImageEncoder, reference: torch.nn.Module, height: int, width: int
+    configs: dict[str, EncoderConfig], way: dict[str, Any], height: int, width: int
 ) -> None:
-    ramp = np.linspace(0, 255, height)[:, None, None] * np.array([1.0, 0.5, 0.2]) + np.linspace(0, 100, width)[None, :, None]
-    pixels = np.clip(ramp, 0, 255).astype(np.uint8)
-    prepare = open_clip.image_transform(32, is_train=False, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
+    """Smooth pictures with noise on them, so that a shift by half a pixel shows."""
+    towers = Towers.load(configs["clip_image"], None, None)
+    image = CLIPImageEncoder(replace(towers, preprocess={**towers.preprocess, **way}))
+    ramp = np.linspace(60, 150, height)[:, None, None] * np.array([1.0, 0.5, 0.6]) + np.linspace(0, 20, width)[None, :, None]
+    pixels = (ramp + np.random.default_rng(0).integers(0, 60, ramp.shape)).astype(np.uint8)
+    prepare = open_clip.image_transform(32, is_train=False, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25), **way)
     expected = prepare(Image.fromarray(pixels))
     ours = image.preprocess(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1)
     assert ours.shape == (1, 3, 32, 32)
-    assert (ours[0] - expected).abs().max() < 0.06  # Pillow rounds to 8 bits and torch does not; one level is 0.02
+    assert (ours[0] - expected).abs().max() < 0.03  # Pillow rounds to 8 bits and torch does not; one level is 0.02
+
+
+def test_a_tower_that_wants_its_pictures_framed_is_refused(configs: dict[str, EncoderConfig]) -> None:
+    towers = Towers.load(configs["clip_image"], None, None)
+    with pytest.raises(ValueError, match="resize_mode='longest'; allowed: shortest, squash"):
+        CLIPImageEncoder(replace(towers, preprocess={**towers.preprocess, "resize_mode": "longest"}))
 
 
 def test_image_features_are_open_clips(image: CLIPImageEncoder, reference: torch.nn.Module) -> None:

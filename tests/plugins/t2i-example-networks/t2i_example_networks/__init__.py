@@ -1,4 +1,4 @@
-"""A plugin that is an object of a package, with a backbone, a codec, features and a group of commands, imported when they are used."""
+"""A plugin that is an object of a package, with a backbone, a codec, features, a metric and a group of commands, imported when used."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ class _Plugin:
         registry.add("backbone", "mixer", "t2i_example_networks.mixer:build")
         registry.add("codec", "pooled", "t2i_example_networks.pooled:PooledCodec")
         registry.add("features", "brightness", "t2i_example_networks.brightness:BrightnessFeatures")
+        registry.add("metric", "lightness", "t2i_example_networks.lightness:LightnessMetric")
         registry.add("command", "mixer", LazyCommand("t2i_example_networks.command:app", "What a mixer is."))
 
 

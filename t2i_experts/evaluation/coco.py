@@ -1,0 +1,248 @@
+"""Zero-shot FID on captions: pictures drawn for a list of prompts beside the photographs that the captions describe.
+
+What is seen of the pictures is kept in parts, so that processes share the work and a run that was killed goes on; the sums are made out of
+the parts in their order, so that neither changes the number. Whatever processes and batches, picture i is that of the noise of (seed, i).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2i_experts.config import to_plain
+from t2i_experts.evaluation.frechet import FEWEST_TO_EXTRAPOLATE
+from t2i_experts.evaluation.metrics import mean_score
+from t2i_experts.evaluation.parts import Parts
+from t2i_experts.evaluation.pictures import set_hash
+from t2i_experts.evaluation.processes import Processes
+from t2i_experts.evaluation.prompts import PromptList
+from t2i_experts.evaluation.protocol import PICTURES, Comparison, MeasuredSet, Progress, check_alike, compare, remarks
+from t2i_experts.evaluation.records import differences, in_words, read_json, write_json
+from t2i_experts.evaluation.seeing import Drawing, Networks, draw_parts, reference_parts, to_make
+from t2i_experts.evaluation.statistics import FeatureStatistics, save_statistics
+
+_TOKENIZED = 1024  # prompts at a time
+
+RESULT, IDS, REFERENCE = "result.json", "ids.csv", "reference.npz"
+
+
+def refuse_impossible(drawn: int, references: int, statistics: MeasuredSet | None, wanted: Comparison) -> None:
+    """Raises ValueError for numbers that so many pictures, or statistics alone, cannot give. references: 0 where there are statistics."""
+    if drawn < 2 or (statistics is None and references < 2):
+        raise ValueError(
+            f"a distance needs at least 2 pictures of each kind; there are {drawn} prompts and {references} reference pictures"
+        )
+    if wanted.infinity and drawn < FEWEST_TO_EXTRAPOLATE:
+        raise ValueError(f"--infinity needs at least {FEWEST_TO_EXTRAPOLATE} pictures; there are {drawn}")
+    if statistics is not None and (wanted.kid or wanted.precision_recall):
+        raise ValueError(f"{statistics.record['path']} holds statistics alone: --kid and --precision-recall need the reference pictures")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is to be measured. out: where the result goes. folder: of the parts. saved: where pictures go, if anywhere.
+
+    which: the reference pictures in a word. images, names: their folder and their names. statistics: the reference, if it is a file of
+    these instead.
+    """
+
+    drawing: Drawing
+    networks: Networks
+    comparison: Comparison
+    which: str
+    images: Path | None
+    names: Sequence[str]
+    statistics: MeasuredSet | None
+    out: Path
+    folder: Path
+    saved: Path | None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for statistics of features that are made in another way."""
+        if self.statistics is None or self.networks.extractor is None:
+            return
+        path, made = self.statistics.record["path"], self.statistics.made
+        check_alike(path, made, "the pictures", self.networks.extractor.record)
+        found = (made or {}).get("resolution")
+        if found not in (None, self.networks.resolution):
+            raise ValueError(f"{path} is of pictures at --resolution {found}; received --resolution {self.networks.resolution}")
+
+    def decided(self) -> dict[str, Any]:
+        """All that decides the generated pictures and what is seen of them, as JSON's plain values."""
+        facts, conditioner = self.drawing.facts, self.drawing.pipeline.model.conditioner
+        model = {name: value for name, value in facts["model"].items() if name != "source"}  # a place
+        model["encoders"] = {name: conditioner.fingerprint(name) for name in conditioner.names}
+        return {"prompts": self.drawing.prompts.sha256, "seed": self.drawing.seed, **facts, "model": model, **self.networks.made()}
+
+    def described(self) -> dict[str, Any]:
+        """What is known before the first picture is drawn."""
+        prompts, pipeline, extractor = self.drawing.prompts, self.drawing.pipeline, self.networks.extractor
+        described: dict[str, Any] = {
+            "decided_by": self.decided(),
+            "prompts": {**prompts.origin, "count": len(prompts.prompts), "sha256": prompts.sha256},
+            "model": {**self.drawing.facts["model"], "config": to_plain(pipeline.base.config)},
+            "features": None if extractor is None else dict(extractor.record),
+            "pictures": PICTURES,
+        }
+        if self.statistics is not None:
+            described["reference"] = dict(self.statistics.record)
+        elif self.names:
+            described["reference"] = {"path": str(self.images), "which": self.which, "kind": "folder", "count": len(self.names)}
+        return described
+
+    def check(self) -> None:
+        """Raises ValueError if the folders hold what something else decided."""
+        for parts in self._parts():
+            parts.check()
+        there = read_json(self.out / RESULT)
+        found = [] if there is None else differences(there.get("decided_by", {}), self.decided())
+        if found:
+            raise ValueError(f"{self.out / RESULT} is of another evaluation: {in_words(found)}; choose another --out")
+
+    def open(self) -> None:
+        """Makes the folders, and writes down which prompts there are. Only one process may. Raises ValueError if that is not possible."""
+        for parts in self._parts():
+            parts.open()
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / IDS).write_text(self.drawing.prompts.csv(), encoding="utf-8", newline="")
+        except OSError as error:
+            raise ValueError(f"--out={self.out}: {error.strerror or error}") from error
+
+    def do(self, processes: Processes, bar: Callable[[str], AbstractContextManager[Progress]]) -> None:
+        """Makes this process's share of what is missing, the reference first: what is wrong there is found before hours of drawing.
+
+        Raises ValueError, in every process, for what is wrong in one of them, when all have done their shares.
+        """
+        reference, generated = self._reference(), self._generated()
+        of = f" ({processes.count} processes)" if processes.count > 1 else ""
+        if reference is not None and self.images is not None:
+            folder, names, saved = self.images, self.names, self._saved("reference")
+            mine = to_make(reference, saved, processes)
+            with bar(f"reference{of}") as progress:
+                processes.together(lambda: reference_parts(reference, mine, folder, names, self.networks, saved, progress))
+        saved = self._saved("generated")
+        mine = to_make(generated, saved, processes)
+        with bar(f"drawing{of}") as progress:
+            processes.together(lambda: draw_parts(generated, mine, self.drawing, self.networks, saved, progress))
+
+    def result(self) -> dict[str, Any]:
+        """The numbers with what is known of both sets, out of all parts. Keeps the statistics of the reference in `out`."""
+        place, extractor = self.networks.pace.device, self.networks.extractor
+        drawn = gather(self._generated(), place, keep=self.comparison.needs_features)
+        record: dict[str, Any] = {"count": len(drawn.digests), "sha256": hashlib.sha256(b"".join(drawn.digests)).hexdigest()}
+        generated = {"path": "the sampler's pictures", "kind": "generated", **record, "seconds": round(drawn.seconds, 3)}
+        notes = cut_prompts(self.drawing)
+        found: dict[str, Any] = {"generated": generated, "scores": scores(drawn, self.drawing.prompts), "notes": notes}
+        for name, metric in self.networks.metrics.items():
+            found["scores"][name]["captions_cut"] = sum(tokens > 0 for tokens in metric.cut(self.drawing.prompts.texts))
+        if extractor is None or drawn.statistics is None:
+            return found
+        reference, parts = self.statistics, self._reference()
+        if parts is not None:
+            seen = gather(parts, place, keep=self.comparison.needs_features)
+            assert seen.statistics is not None
+            what = {
+                "path": str(self.images),
+                "which": self.which,
+                "kind": "folder",
+                "count": len(seen.digests),
+                "sha256": set_hash(seen.digests),
+            }
+            gaussian = seen.statistics.gaussian()
+            reference = MeasuredSet(gaussian, seen.features, extractor.record, {**what, "seconds": round(seen.seconds, 3)})
+            made = {**extractor.record, **{k: v for k, v in self.networks.features_made().items() if k != "features"}}
+            save_statistics(self.out / REFERENCE, gaussian, json.dumps(made))
+        assert reference is not None
+        measured = MeasuredSet(drawn.statistics.gaussian(), drawn.features, extractor.record, generated)
+        found |= {"reference": dict(reference.record), "notes": [*notes, *remarks({"generated": measured, "reference": reference})]}
+        return {**compare(measured, reference, self.comparison, place), **found}
+
+    def keep(self, record: Mapping[str, Any]) -> None:
+        """Writes the record. Raises ValueError if that is not possible."""
+        write_json(self.out / RESULT, record)
+
+    def _parts(self) -> list[Parts]:
+        reference = self._reference()
+        return [self._generated(), *([] if reference is None else [reference])]
+
+    def _generated(self) -> Parts:
+        return Parts(self.folder / "generated", len(self.drawing.prompts.prompts), self.decided())
+
+    def _reference(self) -> Parts | None:
+        if not self.names:
+            return None
+        listed = hashlib.sha256("\n".join(self.names).encode()).hexdigest()
+        return Parts(self.folder / "reference", len(self.names), {"names": listed, **self.networks.features_made()})
+
+    def _saved(self, what: str) -> Path | None:
+        return None if self.saved is None else self.saved / what
+
+
+def cut_prompts(drawing: Drawing) -> list[str]:
+    """Of each of the model's text encoders that reads some prompts only in part, how many, in a line."""
+    texts, counts = drawing.prompts.texts, dict[str, int]()
+    tokenizer = drawing.pipeline.model.conditioner.tokenizer
+    for start in range(0, len(texts), _TOKENIZED):
+        for name, tokens in tokenizer(texts[start : start + _TOKENIZED]).items():
+            counts[name] = counts.get(name, 0) + sum(cut is not None for cut in tokens.truncated)
+    return [f"the model's {name} reads {count:,} of the {len(texts):,} prompts only in part" for name, count in counts.items() if count]
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """All parts together. statistics, features: where the networks had an extractor; features: (N, D) float32, if they are kept.
+
+    values: (N,) of each metric. digests: of each picture. seconds: that all processes took, in all runs together.
+    """
+
+    statistics: FeatureStatistics | None
+    features: Tensor | None
+    values: Mapping[str, Tensor]
+    digests: Sequence[bytes]
+    seconds: float
+
+
+def gather(parts: Parts, device: torch.device, *, keep: bool = False) -> Gathered:
+    """Reads the parts in their order, so that sums do not depend on who made them. Raises ValueError for a part that cannot be read."""
+    statistics: FeatureStatistics | None = None
+    kept: list[Tensor] = []
+    values: dict[str, list[Tensor]] = {}
+    digests: list[bytes] = []
+    seconds = 0.0
+    for indices in parts.ranges:
+        arrays = parts.read(indices)
+        if "features" in arrays:
+            features = torch.from_numpy(arrays["features"])
+            if statistics is None:
+                statistics = FeatureStatistics(features.shape[1], "cpu" if device.type == "mps" else device)
+            statistics.add(features)
+            if keep:
+                kept.append(features)
+        for name, array in arrays.items():
+            if name.startswith("metric "):
+                values.setdefault(name.removeprefix("metric "), []).append(torch.from_numpy(array))
+        digests += [row.tobytes() for row in arrays["digest"]]
+        seconds += float(arrays["seconds"].sum())
+    joined = {name: torch.cat(found) for name, found in values.items()}
+    return Gathered(statistics, torch.cat(kept) if kept else None, joined, digests, seconds)
+
+
+def scores(gathered: Gathered, prompts: PromptList) -> dict[str, dict[str, Any]]:
+    """Of each metric: the mean over all pictures with its standard error, and by category where the prompts have them."""
+    categories = list(dict.fromkeys(prompt.category for prompt in prompts.prompts if prompt.category is not None))
+    found = {}
+    for name, values in gathered.values.items():
+        found[name] = asdict(mean_score(values))
+        if categories:
+            places = {category: [i for i, prompt in enumerate(prompts.prompts) if prompt.category == category] for category in categories}
+            found[name]["categories"] = {category: asdict(mean_score(values[places[category]])) for category in categories}
+    return found
