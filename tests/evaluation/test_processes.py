@@ -121,6 +121,23 @@ def test_what_is_wrong_in_one_process_ends_all_and_is_told_once(sets: Path) -> N
     assert (code, out) == (2, "") and err.count("error") == 1
 
 
+def test_several_processes_score_captions_as_one_does(sets: Path) -> None:
+    for i in range(20):
+        (sets / f"b/{i:02}.txt").write_text(" ".join(["a red square"] * (1 + 7 * (i % 5))))
+    wanted = ("eval", "clip", "b", "--model", "clip", "--device", "cpu", "--batch", 4, "--workers", 1, "--json")
+    ((_, one, _),) = launched(1, command(*wanted), sets)
+    several = launched(3, command(*wanted), sets)
+    assert [(code, bool(out)) for code, out, _ in several] == [(0, True), (0, False), (0, False)]
+    first, second = json.loads(one), json.loads(several[0][1])
+    assert (first.pop("processes"), second.pop("processes")) == (1, 3)
+    assert second["mean"] == pytest.approx(first["mean"], rel=1e-5) and second["error"] == pytest.approx(first["error"], rel=1e-4)
+    assert second["captions"] == first["captions"] and first["captions"]["too_long"]["count"] > 3
+    assert second["set"]["sha256"] == first["set"]["sha256"] and second["count"] == 20
+    (sets / "b/07.txt").unlink()
+    failed = launched(2, command(*wanted), sets)
+    assert [code for code, _, _ in failed] == [2, 2] and "07.png" in failed[0][2] and not failed[1][2]
+
+
 def test_several_processes_draw_and_judge_as_one_does(model_folder: Path, tmp_path: Path) -> None:
     words = JudgeConfig(("owl", "cat"), ("3D", "flat"), ("red",), ("white", "pink"), channels=8, blocks=1, threshold=0.05)
     torch.manual_seed(0)
