@@ -11,15 +11,19 @@ import typer
 
 from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, what_decides
 from t2i_experts.cli.importing import without_collecting
-from t2i_experts.cli.options import BatchSize, Device, Dtype, Guidance, Json, Model, Sampler, Steps, Threshold
-from t2i_experts.cli.progress import progress_bar
+from t2i_experts.cli.options import BatchSize, Device, Dtype, Guidance, Json, Model, Sampler, Steps, Threshold, one_voice
+from t2i_experts.cli.progress import no_bar, progress_bar
 
 if TYPE_CHECKING:
+    from t2i_experts.cascade.pipeline import CascadePipeline
+    from t2i_experts.config import SamplingConfig
+    from t2i_experts.evaluation.judge import Judge
     from t2i_experts.evaluation.judging import Judged
 
 _SHOWN = 96  # pictures on the sheet
 
 
+@one_voice()
 def judge(
     model: Model = None,
     judge: Annotated[str, typer.Option(help="A judge's folder, as scripts/train_judge.py writes it.")] = "embedded:judge",
@@ -40,6 +44,8 @@ def judge(
     A claim is one thing that a prompt says: an object, its colour, how often, left of, right of, above, below, the style, the background.
     The judge, a small detector, says what it sees; what it confirms and rejects on real scenes stands beside every score. Four of each ten
     prompts ask for combinations that the training scenes never show.
+
+    On several GPUs or hosts: accelerate launch -m t2i_experts eval judge ...; the processes share the pictures.
     """
     for name, value in (("num", num), ("batch-size", batch_size)):
         if value < 1:
@@ -56,20 +62,37 @@ def judge(
         from t2i_experts.evaluation.composition import load_prompts
         from t2i_experts.evaluation.judge import load_judge
         from t2i_experts.evaluation.judging import draw_and_judge, table
+        from t2i_experts.evaluation.processes import open_processes
 
     started = time.monotonic()
-    trained = load_judge(judge)
-    if not trained.accuracy:
-        raise ValueError(f"--judge={judge!r} does not say how accurate it is on real scenes, beside which alone its scores mean something")
-    pipeline = open_pipeline(model, device, dtype)
-    trained.check_independent(pipeline.model.provenance)
-    settings = pipeline.settings(**given)
-    check_threshold(settings.threshold, pipeline.base.config.codec, "--")
-    trained.network.to(pipeline.device)
-    with progress_bar("drawing") as progress:
-        judged = draw_and_judge(
-            pipeline, trained, load_prompts(num, seed), seed=seed, sampling=settings, batch_size=batch_size, progress=progress
-        )
+    with open_processes() as processes:
+
+        def load() -> tuple[Judge, CascadePipeline, SamplingConfig]:
+            trained = load_judge(judge)
+            if not trained.accuracy:
+                raise ValueError(f"--judge={judge!r} does not say how accurate it is on real scenes, without which its scores mean nothing")
+            own = device if processes.count == 1 else str(processes.device(device))
+            pipeline = open_pipeline(model, own, dtype)
+            trained.check_independent(pipeline.model.provenance)
+            settings = pipeline.settings(**given)
+            check_threshold(settings.threshold, pipeline.base.config.codec, "--")
+            trained.network.to(pipeline.device)
+            return trained, pipeline, settings
+
+        trained, pipeline, settings = processes.together(load)
+        with (progress_bar if processes.main else no_bar)("drawing") as progress:
+            judged = draw_and_judge(
+                pipeline,
+                trained,
+                load_prompts(num, seed),
+                seed=seed,
+                sampling=settings,
+                batch_size=batch_size,
+                progress=progress,
+                processes=processes,
+            )
+    if judged is None:
+        return
     result = {
         "scores": judged.scores(),
         "by_split": {split: judged.scores(split) for split in ("held-out", "validation")},

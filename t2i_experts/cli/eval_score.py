@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from t2i_experts.cli.measuring import check_pace, machine
-from t2i_experts.cli.options import Json, Workers, complete_metric
-from t2i_experts.cli.progress import progress_bar
+from t2i_experts.cli.options import Json, Workers, complete_metric, one_voice
+from t2i_experts.cli.progress import no_bar, progress_bar
 
 _NAMED = 5  # captions that are too long
 
@@ -54,6 +54,7 @@ def score(
     measure(metric, chosen, pictures, captions, batch, device, workers, as_json)
 
 
+@one_voice()
 def measure(
     name: str,
     options: Mapping[str, str],
@@ -71,21 +72,29 @@ def measure(
 
     registry.check("metric", name)
 
-    from t2i_experts.cascade.device import default_device, open_device
-    from t2i_experts.evaluation.captioned import open_captioned
-    from t2i_experts.evaluation.metrics import load_metric, measure_captioned
+    from t2i_experts.evaluation.captioned import CaptionedPictures, open_captioned
+    from t2i_experts.evaluation.metrics import Metric, load_metric, measure_captioned
+    from t2i_experts.evaluation.processes import open_processes
     from t2i_experts.evaluation.protocol import PICTURES, Pace
 
     started = time.perf_counter()
-    place = default_device() if device is None else open_device(device, f"--device={device!r}")
-    captioned = open_captioned(pictures, captions)
-    metric = load_metric(name, options, place)
-    with progress_bar(pictures.name) as progress:
-        measured = measure_captioned(captioned, metric, Pace(place, batch, workers), progress=progress)
+    with open_processes() as processes:
+        place = processes.together(lambda: processes.device(device))
+
+        def load() -> tuple[CaptionedPictures, Metric]:
+            return open_captioned(pictures, captions), load_metric(name, options, place)
+
+        first = processes.together(lambda: load() if processes.local_rank == 0 else None)  # what has to be downloaded comes once
+        captioned, metric = processes.together(lambda: first or load())
+        with (progress_bar if processes.main else no_bar)(pictures.name) as progress:
+            measured = measure_captioned(captioned, metric, Pace(place, batch, workers), progress=progress, processes=processes)
+    if not processes.main:
+        return
     record = {
         **measured.record,
         "pictures": PICTURES,
         "settings": {"batch": batch, "workers": workers},
+        "processes": processes.count,
         **machine(place),
         "seconds": round(time.perf_counter() - started, 3),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from t2i_experts.config import SamplingConfig
 from t2i_experts.evaluation.composition import Claim, Prompt, holds, scores
 from t2i_experts.evaluation.generation import draw
 from t2i_experts.evaluation.judge import Judge, Reading
+from t2i_experts.evaluation.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,30 @@ def draw_and_judge(
     seed: int = 0,
     sampling: SamplingConfig | None = None,
     batch_size: int = 64,
-    progress: Callable[[int, int | None], None] | None = None,
-) -> Judged:
+    progress: Callable[[int, int | None], None] = lambda done, total: None,
+    processes: Processes = ALONE,
+) -> Judged | None:
     """Draws one picture for each prompt, picture i out of the noise of (seed, i), and shows them to the judge.
 
-    progress: called with the number of pictures that are drawn, and that of all.
+    progress: called with the number of pictures that are drawn, and that of all. processes: share the pictures; all but the main one get
+    None. Raises what was raised in any of them.
     """
-    batches = []
-    for indices, images in draw(pipeline, [prompt.text for prompt in prompts], seed=seed, sampling=sampling, batch_size=batch_size):
-        batches.append(images)
-        if progress is not None:
-            progress(indices[-1] + 1, len(prompts))
-    images = torch.cat(batches)
-    return Judged(prompts, images, judge(images))
+    share = processes.share(len(prompts))
+    images: list[Tensor] = []
+
+    def look() -> list[Reading]:
+        texts = [prompt.text for prompt in prompts]
+        for _, batch in draw(pipeline, texts, indices=share, seed=seed, sampling=sampling, batch_size=batch_size):
+            images.append(batch)
+            progress(sum(map(len, images)), len(share))
+        return judge(torch.cat(images)) if images else []
+
+    readings = processes.together(look)
+    mine = [*zip(share, itertools.chain(*images), readings, strict=True)]
+    drawn = sorted(itertools.chain(*processes.gather(mine)), key=lambda one: one[0])
+    if not processes.main:
+        return None
+    return Judged(prompts, torch.stack([image for _, image, _ in drawn]), [reading for _, _, reading in drawn])
 
 
 def table(judged: Judged, judge: Judge) -> str:

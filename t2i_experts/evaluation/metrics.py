@@ -6,6 +6,7 @@ Values of single pictures are the whole state: processes that share the pictures
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from t2i_experts.evaluation.captioned import CaptionedPictures
 from t2i_experts.evaluation.pictures import Picture, Unreadable, named_digest, refuse_unreadable, set_hash
+from t2i_experts.evaluation.processes import ALONE, Processes
 from t2i_experts.evaluation.protocol import Pace, Progress, prepared
 from t2i_experts.registry import registry
 
@@ -84,64 +86,89 @@ class MeasuredPictures:
     record: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class _Valued:
+    """A picture's value, by the picture's index in its set, and what the record says of it. cut: tokens. several: captions."""
+
+    index: int
+    name: str
+    value: float
+    caption: str
+    cut: int
+    digest: bytes
+    caption_digest: bytes
+    several: bool
+
+
 def measure_captioned(
     captioned: CaptionedPictures,
     metric: Metric,
     pace: Pace,
     *,
     progress: Progress = lambda done, total: None,
+    processes: Processes = ALONE,
 ) -> MeasuredPictures:
-    """The value of every picture of a set with its first caption.
+    """The value of every picture of a set with its first caption; each in one of the processes, and the whole in all of them.
 
-    progress is told (pictures done, in all). Raises ValueError if any cannot be read, RuntimeError if the metric gives no finite number.
+    progress is told (pictures done, in all) of this process's share. Raises ValueError if any cannot be read, RuntimeError if the metric
+    gives no finite number; on all processes.
     """
     started = time.perf_counter()
     pictures = captioned.pictures
-    values: list[float] = []
-    too_long: list[dict[str, Any]] = []
-    digests: list[bytes] = []
-    of_captions: list[bytes] = []
+    share = processes.share(pictures.count)
+    found: list[_Valued] = []
     unreadable: list[Unreadable] = []
     waiting: list[Picture] = []
-    several = 0
 
     def flush() -> None:
         if not waiting:
             return
         captions = [picture.captions[0] for picture in waiting]
-        found = metric.values(prepared(metric.prepare, [picture.pixels for picture in waiting], pace.device), captions).tolist()
-        for picture, caption, value, cut in zip(waiting, captions, found, metric.cut(captions), strict=True):
+        values = metric.values(prepared(metric.prepare, [picture.pixels for picture in waiting], pace.device), captions).tolist()
+        for picture, caption, value, cut in zip(waiting, captions, values, metric.cut(captions), strict=True):
             if not math.isfinite(value):
                 raise RuntimeError(f"{metric.record['name']} of {picture.name} is {value}")
-            values.append(value)
-            if cut:
-                too_long.append({"picture": printable(picture.name), "caption": caption, "tokens_cut": cut})
+            digest = named_digest(picture.name, caption.encode())
+            found.append(_Valued(share[len(found)], picture.name, value, caption, cut, picture.digest, digest, len(picture.captions) > 1))
         waiting.clear()
 
-    progress(0, pictures.count)
-    for done, picture in enumerate(pictures.read(pace.workers), start=1):
-        match picture:
-            case Picture():
-                waiting.append(picture)
-                digests.append(picture.digest)
-                of_captions.append(named_digest(picture.name, picture.captions[0].encode()))
-                several += len(picture.captions) > 1
-            case Unreadable():
-                unreadable.append(picture)
-        if len(waiting) == pace.batch:
+    def read() -> None:
+        progress(0, len(share))
+        for done, picture in enumerate(pictures.read(pace.workers, share), start=1):
+            match picture:
+                case Picture():
+                    waiting.append(picture)
+                case Unreadable():
+                    unreadable.append(picture)
+            if unreadable:  # there will be no number: the rest is read to list what else is broken
+                waiting.clear()
+            elif len(waiting) == pace.batch:
+                flush()
+            progress(done, len(share))
+        if not unreadable:
             flush()
-        progress(done, pictures.count)
-    refuse_unreadable(unreadable, pictures)
-    flush()
+
+    processes.agree(f"the pictures of {pictures.path}", pictures.listing)
+    processes.agree("the network of the metric", dict(metric.record))
+    processes.together(read)
+    refuse_unreadable(sorted(itertools.chain(*processes.everyones(unreadable)), key=lambda one: one.why), pictures)
+    everyones = sorted(itertools.chain(*processes.everyones(found)), key=lambda one: one.index)
+    values = [one.value for one in everyones]
+    too_long = [{"picture": printable(one.name), "caption": one.caption, "tokens_cut": one.cut} for one in everyones if one.cut]
     score = mean_score(values)
     record = {
         **asdict(score),
         "metric": dict(metric.record),
-        "set": {"path": str(pictures.path), "kind": pictures.kind, "count": score.count, "sha256": set_hash(digests)},
+        "set": {
+            "path": str(pictures.path),
+            "kind": pictures.kind,
+            "count": score.count,
+            "sha256": set_hash([one.digest for one in everyones]),
+        },
         "captions": {
             "source": captioned.source,
-            "sha256": set_hash(of_captions),
-            "pictures_with_several": several,
+            "sha256": set_hash([one.caption_digest for one in everyones]),
+            "pictures_with_several": sum(one.several for one in everyones),
             "too_long": {"count": len(too_long), "captions": too_long},
         },
     }

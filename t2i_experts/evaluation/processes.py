@@ -56,7 +56,9 @@ class Processes:
             return place
         if place != torch.device("cuda"):
             raise ValueError(f"--device={device!r} would put {self.count} processes on one GPU; say cuda, and each takes one of its own")
-        return open_device(f"cuda:{self.local_rank}", f"--device=cuda:{self.local_rank}, of process {self.local_rank} on its host,")
+        place = open_device(f"cuda:{self.local_rank}", f"--device=cuda:{self.local_rank}, of process {self.local_rank} on its host,")
+        torch.cuda.set_device(place)
+        return place
 
     def together(self, step: Callable[[], Result]) -> Result:
         """Takes a step, which exchanges nothing, in every process; returns this one's result when all have succeeded.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from t2i_experts.cli import app
 from t2i_experts.evaluation.features import FeatureOptions, load_features
+from t2i_experts.evaluation.judge import Judge, JudgeConfig, JudgeNetwork, save_judge
 from t2i_experts.evaluation.processes import ALONE, FailedProcess, Processes, open_processes
 from t2i_experts.evaluation.protocol import Comparison, Pace, compare, measure_images
 from t2i_experts.evaluation.statistics import FeatureStatistics, Gaussian
@@ -120,6 +121,42 @@ def test_what_is_wrong_in_one_process_ends_all_and_is_told_once(sets: Path) -> N
     assert (code, out) == (2, "") and err.count("error") == 1
 
 
+def test_several_processes_score_captions_as_one_does(sets: Path) -> None:
+    for i in range(20):
+        (sets / f"b/{i:02}.txt").write_text(" ".join(["a red square"] * (1 + 7 * (i % 5))))
+    wanted = ("eval", "clip", "b", "--model", "clip", "--device", "cpu", "--batch", 4, "--workers", 1, "--json")
+    ((_, one, _),) = launched(1, command(*wanted), sets)
+    several = launched(3, command(*wanted), sets)
+    assert [(code, bool(out)) for code, out, _ in several] == [(0, True), (0, False), (0, False)]
+    first, second = json.loads(one), json.loads(several[0][1])
+    assert (first.pop("processes"), second.pop("processes")) == (1, 3)
+    assert second["mean"] == pytest.approx(first["mean"], rel=1e-5) and second["error"] == pytest.approx(first["error"], rel=1e-4)
+    assert second["captions"] == first["captions"] and first["captions"]["too_long"]["count"] > 3
+    assert second["set"]["sha256"] == first["set"]["sha256"] and second["count"] == 20
+    (sets / "b/07.txt").unlink()
+    failed = launched(2, command(*wanted), sets)
+    assert [code for code, _, _ in failed] == [2, 2] and "07.png" in failed[0][2] and not failed[1][2]
+
+
+def test_several_processes_draw_and_judge_as_one_does(model_folder: Path, tmp_path: Path) -> None:
+    words = JudgeConfig(("owl", "cat"), ("3D", "flat"), ("red",), ("white", "pink"), channels=8, blocks=1, threshold=0.05)
+    torch.manual_seed(0)
+    save_judge(Judge(words, JudgeNetwork(words), {"all": {"categories": {}}}), tmp_path / "judge")
+    wanted = ("eval", "judge", "--model", model_folder, "--judge", tmp_path / "judge", "--num", 5, "--steps", 1, "--device", "cpu")
+    ((_, one, _),) = launched(1, command(*wanted, "--out", tmp_path / "one", "--json"), tmp_path)
+    several = launched(3, command(*wanted, "--out", tmp_path / "three", "--batch-size", 1, "--json"), tmp_path)
+    assert [(code, bool(out)) for code, out, _ in several] == [(0, True), (0, False), (0, False)]
+    first, second = json.loads(one), json.loads(several[0][1])
+    assert first["scores"] == second["scores"] and first["by_split"] == second["by_split"]
+    pictures = [sorted((tmp_path / name).glob("0*.png")) for name in ("one", "three")]
+    assert len(pictures[0]) == 5 and [path.name for path in pictures[0]] == [path.name for path in pictures[1]]
+    for own, other in zip(*pictures, strict=True):
+        apart = np.array(Image.open(own), dtype=int) - np.array(Image.open(other), dtype=int)
+        assert abs(apart).max() <= 2
+    failed = launched(2, command(*wanted, "--sampler", "ddim"), tmp_path)
+    assert [code for code, _, _ in failed] == [2, 2] and "ddim" in failed[0][2] and not failed[1][2]
+
+
 def test_steps_are_taken_together(tmp_path: Path) -> None:
     def work(rank: int) -> list[str]:
         told = []
@@ -178,6 +215,7 @@ def test_few_images_keep_their_factor_on_several_processes(tmp_path: Path) -> No
 
 def test_devices_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("t2i_experts.evaluation.processes.open_device", lambda device, received: torch.device(device))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     second = Processes(5, 8, 1, 4)
     assert second.device("cuda") == torch.device("cuda:1") and second.device("cpu") == CPU
     with pytest.raises(ValueError, match="--device='cuda:0' would put 8 processes on one GPU"):
