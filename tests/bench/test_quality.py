@@ -280,6 +280,7 @@ def test_what_runs_ends_with_the_benchmark(write_config: Any, python: Any, tmp_p
     def stop() -> None:
         while not (said.exists() and said.read_text().endswith("\n")):
             time.sleep(0.01)
+        time.sleep(0.5)  # what it says can come before it is known to have started: then it ends when this process ends, as below
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
