@@ -119,6 +119,12 @@ class Evaluation:
         except OSError as error:
             raise ValueError(f"--out={self.out}: {error.strerror or error}") from error
 
+    def remaining(self) -> tuple[int, int]:
+        """How many pictures are still to be drawn, and how many of the reference to be read."""
+        generated, reference = self._generated(), self._reference()
+        drawn, read = generated.missing(), [] if reference is None else reference.missing()
+        return sum(map(len, drawn)), sum(map(len, read))
+
     def do(self, processes: Processes, bar: Callable[[str], AbstractContextManager[Progress]]) -> None:
         """Makes this process's share of what is missing, the reference first: what is wrong there is found before hours of drawing."""
         reference, generated = self._reference(), self._generated()
