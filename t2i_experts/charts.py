@@ -91,7 +91,7 @@ def draw_chart(chart: Chart, width: int = 960, height: int = 420) -> Image.Image
         xs += [] if chart.log_x else _widened(xs)
         ys += [] if chart.log else _widened(ys)
     x_axis = _Axis(min(xs), max(xs), log=chart.log_x, ticks=8)
-    y_axis = _Axis(min(ys), max(ys), log=chart.log, ticks=6)
+    y_axis = _Axis(min(ys), max(ys), log=chart.log, ticks=6 if chart.from_zero else 9)
 
     rows = list(_legend_rows(chart, width - 32))
     subtitle = _wrapped(chart.subtitle, width - 32, _SUBTITLE_LINES) if chart.subtitle else []

@@ -111,7 +111,8 @@ def draw_parts(
     texts = drawing.prompts.texts
     mine = _share(parts, saved, processes)
     total, done = sum(map(len, mine)), 0
-    progress(0, total)
+    if total:
+        progress(0, total)
     for indices in mine:
         started, squares = time.perf_counter(), []
         for square in drawing.squares(indices, networks.resolution):
@@ -139,7 +140,8 @@ def reference_parts(
     """The same for the pictures that captions were written for. Raises ValueError, with their names, if some cannot be read."""
     mine = _share(parts, saved, processes)
     total, done = sum(map(len, mine)), 0
-    progress(0, total)
+    if total:
+        progress(0, total)
     unreadable: list[str] = []
     for indices in mine:
         started, squares, digests = time.perf_counter(), [], []

@@ -49,9 +49,9 @@ def columns(record: Record) -> dict[str, Callable[[Record], str]]:
     if any("distance" in point for point in points):
         found[distance_name(record)] = number("{:.2f}", "distance")
     if any("infinity" in point for point in points):
-        found |= {"of infinitely many": number("{:.2f}", "infinity", "value"), "+- ": number("{:.2f}", "infinity", "error")}
+        found |= {"of infinitely many": number("{:.2f}", "infinity", "value"), "+- of it": number("{:.2f}", "infinity", "error")}
     if any("kid" in point for point in points):
-        found |= {"KID": number("{:.5f}", "kid", "mean"), "spread": number("{:.5f}", "kid", "spread")}
+        found |= {"KID": number("{:.5f}", "kid", "mean"), "+- of KID": number("{:.5f}", "kid", "spread")}
     if any("precision_recall" in point for point in points):
         found |= {name: number("{:.3f}", "precision_recall", name) for name in ("precision", "recall")}
     for name in metrics_of(points):
@@ -137,6 +137,7 @@ def curve(record: Record) -> Chart:
         f"{y_name}: {'lower' if distances else 'higher'} is better",
         series,
         from_zero=False,
+        x_ticks=sorted({point["sampling"]["guidance"] for point in points}) if x_key is None else (),
         better=(0 if x_key is None else 1, -1 if distances else 1),
         subtitle=subtitle,
     )
