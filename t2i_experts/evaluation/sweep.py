@@ -153,7 +153,7 @@ class References:
 def measure(evaluation: Evaluation, references: References, about: Mapping[str, Any], processes: Processes, bar: Bar) -> None:
     """Makes what is missing of a point, and writes its record, which is that of `eval coco`. about: what a record says of the machine."""
     processes.together(lambda: evaluation.open() if processes.main else None)
-    processes.together(lambda: evaluation.do(processes, bar))
+    evaluation.do(processes, bar)
 
     def finish() -> None:
         evaluation.keep({**evaluation.described(), **about, **evaluation.result(references.of(evaluation))})
