@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -77,13 +78,14 @@ def sweep(
             autocompletion=complete_model,
         ),
     ] = None,
-    guidance: Annotated[str, typer.Option(metavar="G,G,...", help="Classifier-free guidance; 1 is none.")] = "1,2,3,4,6,8,10",
+    guidance: Annotated[str, typer.Option("--guidance", metavar="G,G,...", help="Classifier-free guidance; 1 is none.")] = "1,2,3,4,6,8,10",
     steps: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="Sampling steps; default: the model's own.", show_default=False)
+        str | None, typer.Option("--steps", metavar="N,N,...", help="Sampling steps; default: the model's own.", show_default=False)
     ] = None,
     sampler: Annotated[
         str | None,
         typer.Option(
+            "--sampler",
             metavar="NAME,NAME,...",
             help="euler, heun or dpmpp_2m; default: the model's own.",
             show_default=False,
@@ -245,7 +247,8 @@ class _Opened:
     def of(self, source: str | None) -> CascadePipeline:
         """Raises ValueError for a model that cannot be found or is not whole."""
         if self._pipeline is None or self._source != source:
-            self._pipeline = None  # before the next one takes its room
+            self._pipeline = None
+            gc.collect()  # before the next one takes its room
             self._source, self._pipeline = source, self._load(source)
         return self._pipeline
 

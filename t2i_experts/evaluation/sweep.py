@@ -179,15 +179,14 @@ def collect(out: Path, shared: Mapping[str, Any], described: Mapping[str, Any], 
 
 
 def best(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The point of the lowest distance, and for each metric that of the highest score."""
-    found = {}
-    with_distance = [point for point in points if "distance" in point]
-    if with_distance:
-        found["distance"] = _where(min(with_distance, key=lambda point: float(point["distance"])))
+    """The point of the lowest distance, if any has one, and under `scores` for each metric that of the highest score."""
+    measured = [point for point in points if "distance" in point]
+    found = {"distance": _where(min(measured, key=lambda point: float(point["distance"])))} if measured else {}
+    highest: dict[str, Any] = {}
     for name in metrics_of(points):
         scored = [point for point in points if name in point["scores"]]
-        found[name] = _where(max(scored, key=lambda point: float(point["scores"][name]["mean"])))
-    return found
+        highest[name] = _where(max(scored, key=lambda point: float(point["scores"][name]["mean"])))
+    return {**found, "scores": highest}
 
 
 def metrics_of(points: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -62,36 +62,59 @@ def columns(record: Record) -> dict[str, Callable[[Record], str]]:
 
 def markdown(record: Record) -> str:
     """The page: what all points share, the best of each line of the curve, and all points; the best numbers in bold."""
-    points, best = record["points"], record["best"]
-    names = {"distance": distance_name(record), **{name: metric_name(record, name) for name in metrics_of(points)}}
-    page = ["# Sweep over guidance", "", *(f"- {line}" for line in about(record)), ""]
-    page += [f"![{curve(record).title}]({CURVE})", "", "## The best of each model, sampler and number of steps", ""]
-    others = [(name, key) for key, name in names.items() if key in best]
-    head = ["model", "sampler", "steps"]
-    rows = []
-    for (model, sampler, steps), line in _lines(points).items():
+    return "\n".join(
+        [
+            "# Sweep over guidance",
+            "",
+            *(f"- {line}" for line in about(record)),
+            "",
+            f"![{curve(record).title}]({CURVE})",
+            "",
+            "## The best of each model, sampler and number of steps",
+            "",
+            *_best_table(record),
+            "",
+            "## All points",
+            "",
+            *_points_table(record),
+            "",
+            "Lower distances and higher scores are better. +- is the standard error of a score's mean over pictures; of KID, the spread of "
+            "its subsets. Seconds are those of a process, from the noise to all numbers of a picture. A guidance that was chosen here was "
+            "chosen with these prompts.",
+            "",
+        ]
+    )
+
+
+def _best_table(record: Record) -> list[str]:
+    """A row for each line of the curve."""
+    best, rows = _best(record), []
+    for (model, sampler, steps), line in _lines(record["points"]).items():
         row = [model, sampler, str(steps)]
-        for _, key in others:
-            having = [point for point in line if _value(point, key) is not None]
-            top = min(having, key=functools.partial(_order, key=key)) if having else None
-            row.append("" if top is None else _bold(f"{_value(top, key):.2f}", _is_best(top, best[key])))
+        for metric, place in best.values():
+            having = [point for point in line if _value(point, metric) is not None]
+            top = min(having, key=functools.partial(_order, metric=metric)) if having else None
+            row.append("" if top is None else _bold(f"{_value(top, metric):.2f}", _is_best(top, place)))
             row.append("" if top is None else f"{top['sampling']['guidance']:g}")
         rows.append([*row, f"{sum(point['seconds_a_picture'] for point in line) / len(line):.3g}"])
-    page += _table([*head, *(cell for name, _ in others for cell in (f"best {name}", "at guidance")), "s a picture"], rows)
-    page += ["", "## All points", ""]
-    shown, bold = columns(record), {names[key]: best[key] for key in best}
-    rows = [
-        [point["model"], *(_bold(cell(point), name in bold and _is_best(point, bold[name])) for name, cell in shown.items())]
-        for point in points
-    ]
-    page += _table(["model", *shown], rows)
-    page += [
-        "",
-        "Lower distances and higher scores are better. +- is the standard error of a score's mean over pictures. Seconds are those of a "
-        "process, from the noise to all numbers of a picture. A guidance that was chosen here was chosen with these prompts.",
-        "",
-    ]
-    return "\n".join(page)
+    found = [cell for name in best for cell in (f"best {name}", "at guidance")]
+    return _table(["model", "sampler", "steps", *found, "s a picture"], rows)
+
+
+def _points_table(record: Record) -> list[str]:
+    """A row for each point."""
+    best, shown, rows = _best(record), columns(record), []
+    for point in record["points"]:
+        cells = (_bold(cell(point), name in best and _is_best(point, best[name][1])) for name, cell in shown.items())
+        rows.append([point["model"], *cells])
+    return _table(["model", *shown], rows)
+
+
+def _best(record: Record) -> dict[str, tuple[str | None, Record]]:
+    """By what they are called: the metrics, None for the distance, and where each is best."""
+    best = record["best"]
+    found: dict[str, tuple[str | None, Record]] = {distance_name(record): (None, best["distance"])} if "distance" in best else {}
+    return found | {metric_name(record, metric): (metric, place) for metric, place in best["scores"].items()}
 
 
 def about(record: Record) -> list[str]:
@@ -115,30 +138,34 @@ def curve(record: Record) -> Chart:
     vary = [len({line[i] for line in lines}) > 1 for i in range(3)]
     same = [_part(i, next(iter(lines))[i]) for i in range(3) if not vary[i]]
     styles = _styles(list(lines))
-    y_key = "distance" if distances else metrics[0]
-    x_key = metrics[0] if distances and metrics else None
+    y_metric = None if distances else metrics[0]
+    x_metric = metrics[0] if distances and metrics else None
     series = []
     for line, found in lines.items():
         label = ", ".join(_part(i, line[i]) for i in range(3) if vary[i]) or line[0]
         places = [
-            (point["sampling"]["guidance"] if x_key is None else _value(point, x_key), _value(point, y_key), point["sampling"]["guidance"])
+            (
+                point["sampling"]["guidance"] if x_metric is None else _value(point, x_metric),
+                _value(point, y_metric),
+                point["sampling"]["guidance"],
+            )
             for point in found
         ]
         whole = [(float(x), float(y), f"{guidance:g}") for x, y, guidance in places if x is not None and y is not None]
         colour, dashes = styles[line]
-        words = [guidance for *_, guidance in whole] if x_key is not None else []
+        words = [guidance for *_, guidance in whole] if x_metric is not None else []
         series.append(Series(label, [(x, y) for x, y, _ in whole], colour, dots=True, dashes=dashes, words=words))
     y_name = distance_name(record) if distances else metric_name(record, metrics[0])
-    x_name = "guidance" if x_key is None else metric_name(record, x_key)
+    x_name = "guidance" if x_metric is None else metric_name(record, x_metric)
     subtitle = "; ".join([", ".join(same), *about(record)] if same else about(record))
     return Chart(
-        f"{y_name} over {x_name}" + ("" if x_key is None else ", along guidance (the numbers at the points)"),
-        x_name if x_key is None else f"{x_name}: higher is better",
+        f"{y_name} over {x_name}" + ("" if x_metric is None else ", along guidance (the numbers at the points)"),
+        x_name if x_metric is None else f"{x_name}: higher is better",
         f"{y_name}: {'lower' if distances else 'higher'} is better",
         series,
         from_zero=False,
-        x_ticks=sorted({point["sampling"]["guidance"] for point in points}) if x_key is None else (),
-        better=(0 if x_key is None else 1, -1 if distances else 1),
+        x_ticks=sorted({point["sampling"]["guidance"] for point in points}) if x_metric is None else (),
+        better=(0 if x_metric is None else 1, -1 if distances else 1),
         subtitle=subtitle,
     )
 
@@ -149,8 +176,9 @@ def distance_name(record: Record) -> str:
 
 
 def metric_name(record: Record, metric: str) -> str:
-    """What the mean of a metric is called."""
-    return str(record["decided_by"]["metrics"][metric].get("name", metric))
+    """What the mean of a metric is called, and the metric too if two are called the same."""
+    names = {key: str(made.get("name", key)) for key, made in record["decided_by"]["metrics"].items()}
+    return names[metric] if [*names.values()].count(names[metric]) == 1 else f"{names[metric]} ({metric})"
 
 
 def _lines(points: Sequence[Record]) -> dict[tuple[str, str, int], list[Record]]:
@@ -180,16 +208,17 @@ def _part(place: int, value: str | int) -> str:
     return f"{value} steps" if place == 2 else str(value)
 
 
-def _value(point: Record, key: str) -> float | None:
-    value = point.get("distance") if key == "distance" else point["scores"].get(key, {}).get("mean")
+def _value(point: Record, metric: str | None) -> float | None:
+    """The mean of a metric, or the distance; None if the point has none."""
+    value = point.get("distance") if metric is None else point["scores"].get(metric, {}).get("mean")
     return None if value is None else float(value)
 
 
-def _order(point: Record, key: str) -> float:
+def _order(point: Record, metric: str | None) -> float:
     """Lower for the better."""
-    value = _value(point, key)
+    value = _value(point, metric)
     assert value is not None
-    return value if key == "distance" else -value
+    return value if metric is None else -value
 
 
 def _is_best(point: Record, best: Record) -> bool:

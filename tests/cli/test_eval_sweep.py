@@ -103,8 +103,8 @@ def test_a_point_is_what_eval_coco_gives(sweep: Callable[..., Any], cli: CLI, wo
             assert (one["mu"] == other["mu"]).all() and (one["sigma"] == other["sigma"]).all()
     lowest = min(record["points"], key=lambda point: point["distance"])
     highest = max(record["points"], key=lambda point: point["scores"]["clip"]["mean"])
-    for name, point in (("distance", lowest), ("clip", highest)):
-        assert record["best"][name] == {"model": "a/model", **{key: point["sampling"][key] for key in ("sampler", "steps", "guidance")}}
+    for place, point in ((record["best"]["distance"], lowest), (record["best"]["scores"]["clip"], highest)):
+        assert place == {"model": "a/model", **{key: point["sampling"][key] for key in ("sampler", "steps", "guidance")}}
     page = (world / "sweep/sweep.md").read_text()
     assert page.count(f"**{lowest['distance']:.2f}**") == 2 and f"**{highest['scores']['clip']['mean']:.2f}**" in page
     assert "n = 10 prompts of shards" in page and "![" in page

@@ -86,3 +86,12 @@ def test_names_of_models_are_short_and_different() -> None:
     assert labels([("runs/a/model", "1" * 16), ("embedded", "2" * 16)]) == ["runs/a/model", "embedded"]
     assert labels([("/x/a", "1" * 16), ("/x/a", "2" * 16), ("/x/b/", "3" * 16)]) == ["a (11111111)", "a (22222222)", "b"]
     assert labels([("a", "1" * 16), ("a/a", "2" * 16)]) == ["a", "a/a"]
+
+
+def test_metrics_of_one_name_are_told_apart() -> None:
+    found = record(["a"], [("heun", 10)], [1.0])
+    found["decided_by"]["metrics"]["other"] = {"name": "CLIP score", "model": "ViT-B-32"}
+    found["points"][0]["scores"]["other"] = {"mean": 7.0, "error": 0.5, "count": 9}
+    found["best"] = best(found["points"])
+    head, _, row = cells(markdown(found), "All points")
+    assert dict(zip(head, row, strict=True)).items() >= {"CLIP score (clip)": "**25.00**", "CLIP score (other)": "**7.00**"}.items()
