@@ -168,7 +168,7 @@ def coco(
         evaluation.do(processes, progress_bar if processes.main else no_bar)
     if processes.main:
         compared_with = evaluation.measured_reference()
-        result = evaluation.result(compared_with)
+        result = evaluation.result(compared_with, evaluation.unread())
         if compared_with is not None and evaluation.originals is not None:
             evaluation.keep_reference(compared_with, out / REFERENCE)
         for note in result["notes"]:

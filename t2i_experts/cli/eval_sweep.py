@@ -190,7 +190,7 @@ def sweep(
             for evaluation, point in zip(evaluations, points, strict=True):
                 if not point.done:
                     title = f"{to_do.index(point) + 1} of {len(to_do)}: {point.name}: "
-                    sweeping.measure(evaluation, references, about, processes, _titled(title) if processes.main else no_bar)
+                    sweeping.measure(evaluation, common, about, processes, _titled(title) if processes.main else no_bar)
                     processes.together(lambda: collected() if processes.main else None)
 
         wanted = Comparison(kid, precision_recall, infinity)
@@ -225,7 +225,7 @@ def sweep(
         if processes.main:
             typer.echo(f"{len(everything)} points, of which {len(everything) - len(to_do)} are there", err=True)
         processes.together(lambda: begin() if processes.main else None)
-        references = sweeping.References(out)
+        common = sweeping.Common(out)
         for source, points in zip(sources, plans, strict=True):
             if not all(point.done for point in points):
                 go_through(source, points)

@@ -48,6 +48,14 @@ def refuse_impossible(drawn: int, references: int, statistics: MeasuredSet | Non
 
 
 @dataclass(frozen=True)
+class Unread:
+    """Prompts that are read only in part. by_model: a line for each of its encoders that does so. by_metrics: how many, by name."""
+
+    by_model: Sequence[str]
+    by_metrics: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What is to be measured. out: where the result goes. folder: of the parts. saved: where pictures go, if anywhere.
 
@@ -158,16 +166,22 @@ class Evaluation:
         made = {**(reference.made or {}), **{k: v for k, v in self.networks.features_made().items() if k != "features"}}
         save_statistics(path, reference.gaussian, json.dumps(made))
 
-    def result(self, reference: MeasuredSet | None) -> dict[str, Any]:
-        """The numbers with what is known of both sets, out of all parts. reference: `measured_reference`."""
+    def unread(self) -> Unread:
+        """Which of the prompts the model and the metrics read only in part."""
+        texts = self.drawing.prompts.texts
+        counts = {name: sum(tokens > 0 for tokens in metric.cut(texts)) for name, metric in self.networks.metrics.items()}
+        return Unread(cut_prompts(self.drawing), counts)
+
+    def result(self, reference: MeasuredSet | None, unread: Unread) -> dict[str, Any]:
+        """The numbers with what is known of both sets, out of all parts. reference, unread: `measured_reference` and `unread`."""
         place, extractor = self.networks.pace.device, self.networks.extractor
         drawn = gather(self._generated(), place, keep=self.comparison.needs_features)
         record: dict[str, Any] = {"count": len(drawn.digests), "sha256": hashlib.sha256(b"".join(drawn.digests)).hexdigest()}
         generated = {"path": "the sampler's pictures", "kind": "generated", **record, "seconds": round(drawn.seconds, 3)}
-        notes = cut_prompts(self.drawing)
+        notes = list(unread.by_model)
         found: dict[str, Any] = {"generated": generated, "scores": scores(drawn, self.drawing.prompts), "notes": notes}
-        for name, metric in self.networks.metrics.items():
-            found["scores"][name]["captions_cut"] = sum(tokens > 0 for tokens in metric.cut(self.drawing.prompts.texts))
+        for name, count in unread.by_metrics.items():
+            found["scores"][name]["captions_cut"] = count
         if extractor is None or drawn.statistics is None or reference is None:
             return found
         measured = MeasuredSet(drawn.statistics.gaussian(), drawn.features, extractor.record, generated)

@@ -8,6 +8,7 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,7 +61,7 @@ class PromptList:
         """The pictures that the prompts are captions of, each once, in the order of the list."""
         return list(dict.fromkeys(prompt.file_name for prompt in self.prompts if prompt.file_name is not None))
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Of the file that `csv` is."""
         return hashlib.sha256(self.csv().encode()).hexdigest()

@@ -15,7 +15,7 @@ from typing import Any
 
 from t2i_experts.cascade.pipeline import CascadePipeline
 from t2i_experts.config import SamplingConfig, check_threshold
-from t2i_experts.evaluation.coco import IDS, REFERENCE, RESULT, Evaluation
+from t2i_experts.evaluation.coco import IDS, REFERENCE, RESULT, Evaluation, Unread
 from t2i_experts.evaluation.processes import Processes
 from t2i_experts.evaluation.prompts import PromptList
 from t2i_experts.evaluation.protocol import MeasuredSet, Progress
@@ -134,29 +134,39 @@ def refuse_twins(plans: Sequence[Sequence[Point]]) -> None:
         sources[first.model] = first.source
 
 
-@dataclass
-class References:
-    """The statistics of the reference, made once for all points. Keeps them in `out`."""
+class Common:
+    """What several points need and is made once: the statistics of the reference, which `out` keeps, and of each model which prompts it
+    reads only in part."""
 
-    out: Path
-    _found: MeasuredSet | None = None
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._reference: MeasuredSet | None = None
+        self._unread: dict[str, Unread] = {}
 
-    def of(self, evaluation: Evaluation) -> MeasuredSet | None:
+    def reference(self, evaluation: Evaluation) -> MeasuredSet | None:
         """What the evaluation's pictures are compared with, when all its parts are there."""
-        if self._found is None:
-            self._found = evaluation.measured_reference()
-            if self._found is not None and evaluation.originals is not None:
-                evaluation.keep_reference(self._found, self.out / REFERENCE)
-        return self._found
+        if self._reference is None:
+            self._reference = evaluation.measured_reference()
+            if self._reference is not None and evaluation.originals is not None:
+                evaluation.keep_reference(self._reference, self._out / REFERENCE)
+        return self._reference
+
+    def unread(self, evaluation: Evaluation) -> Unread:
+        """See `Evaluation.unread`."""
+        model = evaluation.drawing.facts["model"]["fingerprint"]
+        if model not in self._unread:
+            self._unread[model] = evaluation.unread()
+        return self._unread[model]
 
 
-def measure(evaluation: Evaluation, references: References, about: Mapping[str, Any], processes: Processes, bar: Bar) -> None:
+def measure(evaluation: Evaluation, common: Common, about: Mapping[str, Any], processes: Processes, bar: Bar) -> None:
     """Makes what is missing of a point, and writes its record, which is that of `eval coco`. about: what a record says of the machine."""
     processes.together(lambda: evaluation.open() if processes.main else None)
     evaluation.do(processes, bar)
 
     def finish() -> None:
-        evaluation.keep({**evaluation.described(), **about, **evaluation.result(references.of(evaluation))})
+        result = evaluation.result(common.reference(evaluation), common.unread(evaluation))
+        evaluation.keep({**evaluation.described(), **about, **result})
 
     processes.together(lambda: finish() if processes.main else None)
 

@@ -18,7 +18,7 @@ from t2i_experts.cascade.pipeline import CascadePipeline
 from t2i_experts.cascade.stage import build_network
 from t2i_experts.conditioning.conditioner import TextConditioner
 from t2i_experts.config import SamplingConfig, StageConfig
-from t2i_experts.evaluation import parts
+from t2i_experts.evaluation import coco, parts
 from tests.evaluation.test_processes import command, launched
 
 CLI = Callable[..., tuple[int, str, str]]
@@ -125,6 +125,8 @@ def test_points_that_exist_are_read_and_others_added(
             raise MemoryError("killed")
         write(self, indices, arrays)
 
+    sums, measured = [], coco.Evaluation.measured_reference
+    monkeypatch.setattr(coco.Evaluation, "measured_reference", lambda self: sums.append(self.out) or measured(self))
     few = ("--guidance", "1,2", "--steps", "1")
     with monkeypatch.context() as patch:
         patch.setattr(parts.Parts, "write", killed)
@@ -143,7 +145,9 @@ def test_points_that_exist_are_read_and_others_added(
     assert [g for *_, g in settings(more)] == [0.5, 1.0, 2.0] and more["points"][1:] == record["points"]
     drawn.clear()
 
+    sums.clear()
     both = sweep("--model", "b/model", "--model", "a/model", *few)
+    assert len(sums) == 1, "the reference is summed up once for all points"
     assert len(drawn) == 2 * COUNT and [*both["models"]] == ["b", "a"]
     assert settings(both) == [("b", "dpmpp_2m", 1, g) for g in (1.0, 2.0)] + [("a", "dpmpp_2m", 1, g) for g in (0.5, 1.0, 2.0)]
     assert [point["distance"] for point in both["points"][2:]] == [point["distance"] for point in more["points"]]
