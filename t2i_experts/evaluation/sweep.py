@@ -59,9 +59,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is to be measured. facts: of a pipeline and its settings, all that decides a picture beside prompt and seed.
+    """What is to be measured. threshold: of all points; None leaves each model's own.
 
-    made: the evaluation of a drawing, into a folder; all alike but for the drawing and the folder. threshold: for all points, or None.
+    drawing: how a model draws the prompts with some settings. made: the evaluation of that, into a folder; all are alike but for these two.
     """
 
     settings: Sequence[Setting]
@@ -212,8 +212,8 @@ def labels(models: Sequence[tuple[str, str]]) -> list[str]:
     for end in (-1, 0):
         while len(paths) > 1 and all(len(parts) > 1 for parts in paths.values()) and len({parts[end] for parts in paths.values()}) == 1:
             paths = {source: parts[:-1] if end else parts[1:] for source, parts in paths.items()}
-    sources = [source for source, _ in models]
-    return ["/".join(paths[source]) + (f" ({fingerprint[:8]})" if sources.count(source) > 1 else "") for source, fingerprint in models]
+    short = ["/".join(paths[source]) for source, _ in models]
+    return [name if short.count(name) == 1 else f"{name} ({fingerprint[:8]})" for name, (_, fingerprint) in zip(short, models, strict=True)]
 
 
 def keep(out: Path, record: Mapping[str, Any]) -> None:
