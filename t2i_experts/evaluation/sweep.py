@@ -206,13 +206,15 @@ def metrics_of(points: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def labels(models: Sequence[tuple[str, str]]) -> list[str]:
     """Short names for models (source, fingerprint): what tells their places apart, and for several of one place the fingerprint too."""
-    paths = {source: source.rstrip("/").split("/") for source, _ in models}
-    if len(paths) == 1:
-        paths = {source: parts[-2:] for source, parts in paths.items()}
-    for end in (-1, 0):
-        while len(paths) > 1 and all(len(parts) > 1 for parts in paths.values()) and len({parts[end] for parts in paths.values()}) == 1:
-            paths = {source: parts[:-1] if end else parts[1:] for source, parts in paths.items()}
-    short = ["/".join(paths[source]) for source, _ in models]
+    paths = [source.rstrip("/").split("/") for source, _ in models]
+    if all(parts == paths[0] for parts in paths):
+        paths = [parts[-2:] for parts in paths]
+    else:
+        while all(len(parts) > 1 and parts[-1] == paths[0][-1] for parts in paths):
+            paths = [parts[:-1] for parts in paths]
+        while all(len(parts) > 1 and parts[0] == paths[0][0] for parts in paths):
+            paths = [parts[1:] for parts in paths]
+    short = ["/".join(parts) for parts in paths]
     return [name if short.count(name) == 1 else f"{name} ({fingerprint[:8]})" for name, (_, fingerprint) in zip(short, models, strict=True)]
 
 

@@ -85,7 +85,7 @@ def test_names_of_models_are_short_and_different() -> None:
     assert labels([("runs/a/model", "1" * 16)]) == ["a/model"] and labels([("embedded", "1" * 16)]) == ["embedded"]
     assert labels([("runs/a/model", "1" * 16), ("embedded", "2" * 16)]) == ["runs/a/model", "embedded"]
     assert labels([("/x/a", "1" * 16), ("/x/a", "2" * 16), ("/x/b/", "3" * 16)]) == ["a (11111111)", "a (22222222)", "b"]
-    assert labels([("/x/a", "1" * 16), ("/x/a/", "2" * 16)]) == ["a (11111111)", "a (22222222)"]
+    assert labels([("/x/a", "1" * 16), ("/x/a/", "2" * 16)]) == ["x/a (11111111)", "x/a (22222222)"]
     assert labels([("a", "1" * 16), ("a/a", "2" * 16)]) == ["a", "a/a"]
 
 
