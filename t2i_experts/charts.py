@@ -11,24 +11,34 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 Point = tuple[float, float]
 
 SUPERSAMPLING = 3
 INK, FAINT_INK, GRID = "#222222", "#666666", "#e6e6e6"
+_SUBTITLE_LINES = 6
+_ARROW = 40  # pixels beside a label
+_MARK_DASHES = (8, 6)
 VIRIDIS = ("#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#d8c41c")
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line through points (x, y), or with `dots` also a dot at each; `width` in pixels. A point that is not finite is left out."""
+    """A line through points (x, y) in their order, or with `dots` also a dot at each; `width` in pixels. A point that is not finite is left
+    out.
+
+    dashes: pixels drawn and left out, by turns; none for a line without gaps. words: beside the points, one for each, or none at all.
+    """
 
     label: str
     points: Sequence[Point]
     colour: str
     width: float = 2.0
     dots: bool = False
+    dashes: Sequence[int] = ()
+    words: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,9 @@ class Chart:
     """A chart in words and numbers.
 
     log: a logarithmic y axis, on which points that are not positive are left out. Otherwise the y axis begins at zero, or at the lowest
-    point if that lies below it. log_x: the same for x. x_ticks: where ticks may stand on the x axis; none: at round values.
+    point if that lies below it. log_x: the same for x. x_ticks: where ticks may stand on the x axis; none: at round values. from_zero:
+    False lets axes that are not logarithmic reach over the points alone. better: which way along x and y is better, -1 or 1, which an arrow
+    beside the axis's label shows; 0 shows none. subtitle: below the title, in some lines.
     """
 
     title: str
@@ -56,32 +68,37 @@ class Chart:
     log: bool = False
     log_x: bool = False
     x_ticks: Sequence[float] = ()
+    from_zero: bool = True
+    better: tuple[int, int] = (0, 0)
+    subtitle: str = ""
 
 
 def draw_chart(chart: Chart, width: int = 960, height: int = 420) -> Image.Image:
     """The chart as an RGB picture. Raises ValueError if no series has a point that can be drawn."""
-    lines = [
-        [
-            (x, y)
-            for x, y in line.points
-            if math.isfinite(x) and math.isfinite(y) and (x > 0 or not chart.log_x) and (y > 0 or not chart.log)
-        ]
-        for line in chart.series
-    ]
+
+    def drawn(x: float, y: float) -> bool:
+        return math.isfinite(x) and math.isfinite(y) and (x > 0 or not chart.log_x) and (y > 0 or not chart.log)
+
+    lines = [[point for point in line.points if drawn(*point)] for line in chart.series]
     xs, ys = ([point[i] for line in lines for point in line] for i in (0, 1))
     if not xs:
         raise ValueError(f"the chart {chart.title!r} has no point to draw")
     xs += [position for marks in chart.marks for position in marks.positions]
-    xs += [] if chart.log_x else [0.0]
+    if chart.from_zero:
+        xs += [] if chart.log_x else [0.0]
+        ys += [] if chart.log else [0.0, 1.05 * max(ys)]
+    else:
+        xs += [] if chart.log_x else _widened(xs)
+        ys += [] if chart.log else _widened(ys)
     x_axis = _Axis(min(xs), max(xs), log=chart.log_x, ticks=8)
-    if not chart.log:
-        ys += [0.0, 1.05 * max(ys)]
-    y_axis = _Axis(min(ys), max(ys), log=chart.log, ticks=6)
+    y_axis = _Axis(min(ys), max(ys), log=chart.log, ticks=6 if chart.from_zero else 9)
 
     rows = list(_legend_rows(chart, width - 32))
+    subtitle = _wrapped(chart.subtitle, width - 32, _SUBTITLE_LINES) if chart.subtitle else []
+    heading = 36 + (18 * len(subtitle) + 8 if subtitle else 0)  # where the y axis's label begins
     labels = [compact(tick) for tick in y_axis.ticks]
     left = 28 + max(round(_font(13).getlength(label)) for label in labels)
-    top, right, bottom = 60 + 20 * len(rows), width - 24, height - 50
+    top, right, bottom = heading + 24 + 20 * len(rows), width - 24, height - 50
 
     def place(x: float, y: float) -> Point:
         return left + x_axis.fraction(x) * (right - left), bottom - y_axis.fraction(y) * (bottom - top)
@@ -100,7 +117,8 @@ def draw_chart(chart: Chart, width: int = 960, height: int = 420) -> Image.Image
         pen.line(large((x, top), (x, bottom)), GRID, SUPERSAMPLING)
     for line, points in zip(chart.series, lines, strict=True):
         path = large(*(place(x, y) for x, y in points))
-        pen.line(path, line.colour, round(SUPERSAMPLING * line.width), joint="curve")
+        for piece in dashed(path, [SUPERSAMPLING * length for length in line.dashes]):
+            pen.line(piece, line.colour, round(SUPERSAMPLING * line.width), joint="curve")
         for x, y in path if line.dots or len(path) == 1 else ():
             r = SUPERSAMPLING * (line.width + 1)
             pen.ellipse((x - r, y - r, x + r, y + r), line.colour)
@@ -111,23 +129,43 @@ def draw_chart(chart: Chart, width: int = 960, height: int = 420) -> Image.Image
                 pen.line(large((x, y), (x, min(y + 4, bottom))), marks.colour, SUPERSAMPLING)
     pen.line(large((left, top), (left, bottom), (right, bottom)), FAINT_INK, SUPERSAMPLING)
     for row, entries in enumerate(rows):
-        for x, _, colour, dashed in entries:
-            y = 62 + 20 * row
-            for a, b in ((0, 8), (14, 22)) if dashed else ((0, 22),):
-                pen.line(large((x + a, y), (x + b, y)), colour, 3 * SUPERSAMPLING)
+        for x, _, colour, dashes in entries:
+            y = heading + 26.0 + 20 * row
+            for piece in dashed([(float(x), y), (x + 22.0, y)], dashes):
+                pen.line(large(*piece), colour, 3 * SUPERSAMPLING)
+    y_words = _font(13).getlength(chart.y_label)
+    x_arrow = _ARROW if chart.better[0] else 0
+    if chart.better[0]:
+        arrow = [(right - x_arrow + 10.0, height - 16.0), (right, height - 16.0)]
+        _arrow(pen, large(*arrow[:: chart.better[0]]))
+    if chart.better[1]:
+        arrow = [(y_words + 28.0, heading + 16.0), (y_words + 28.0, heading - 1.0)]
+        _arrow(pen, large(*arrow[:: chart.better[1]]))
 
     picture = canvas.reduce(SUPERSAMPLING)
     pen = ImageDraw.Draw(picture)
     pen.text((16, 12), chart.title, INK, _font(18))
-    pen.text((16, 36), chart.y_label, FAINT_INK, _font(13))
+    for i, text in enumerate(subtitle):
+        pen.text((16, 36 + 18 * i), text, FAINT_INK, _font(13))
+    pen.text((16, heading), chart.y_label, FAINT_INK, _font(13))
     for row, entries in enumerate(rows):
         for x, label, *_ in entries:
-            pen.text((x + 28, 62 + 20 * row), label, INK, _font(13), anchor="lm")
+            pen.text((x + 28, heading + 26 + 20 * row), label, INK, _font(13), anchor="lm")
     for tick, label in zip(y_axis.ticks, labels, strict=True):
         pen.text((left - 8, place(0, tick)[1]), label, FAINT_INK, _font(13), anchor="rm")
     for tick in x_ticks:
         pen.text((place(tick, y_axis.low)[0], bottom + 8), compact(tick), FAINT_INK, _font(13), anchor="mt")
-    pen.text((right, height - 22), chart.x_label, FAINT_INK, _font(13), anchor="rt")
+    pen.text((right - x_arrow, height - 22), chart.x_label, FAINT_INK, _font(13), anchor="rt")
+    words = [
+        (word, line.colour, place(*point))
+        for line in chart.series
+        for word, point in zip(line.words, line.points, strict=bool(line.words))
+        if drawn(*point)
+    ]
+    paths = [[place(x, y) for x, y in points] for points in lines]
+    boxes = place_words([(_font(12).getlength(word), 12.0, at) for word, _, at in words], paths, (left, top, right, bottom))
+    for (word, colour, _), (x, y) in zip(words, boxes, strict=True):
+        pen.text((x, y), word, colour, _font(12), anchor="lm", stroke_width=2, stroke_fill="white")
     return picture
 
 
@@ -210,6 +248,100 @@ def log_ticks(low: float, high: float, count: int) -> list[float]:
     return ticks[:: math.ceil(len(ticks) / count)]
 
 
+def dashed(path: Sequence[Point], dashes: Sequence[float]) -> Iterator[list[Point]]:
+    """The pieces of a path that are drawn: `dashes` are lengths along it, drawn and left out by turns; without any it is one piece."""
+    if not dashes:
+        yield list(path)
+        return
+    turns = itertools.cycle(enumerate(dashes))
+    turn, left = next(turns)
+    piece = list(path[:1])
+    for (x, y), (to_x, to_y) in itertools.pairwise(path):
+        length, done = math.hypot(to_x - x, to_y - y), 0.0
+        while length - done > left:
+            done += left
+            piece.append((x + (to_x - x) * done / length, y + (to_y - y) * done / length))
+            if turn % 2 == 0:
+                yield piece
+            piece = piece[-1:]
+            turn, left = next(turns)
+        left -= length - done
+        piece.append((to_x, to_y))
+    if turn % 2 == 0 and len(piece) > 1:
+        yield piece
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def place_words(words: Sequence[tuple[float, float, Point]], paths: Sequence[Sequence[Point]], inside: Box) -> list[Point]:
+    """The left ends of words (width, height, the point that they belong to): beside their points, away from each other and from the points
+    and lines of all `paths` as far as there is room. y is that of the words' middle. All in pixels."""
+    room = _Room(paths, inside)
+    found = []
+    for width, height, (x, y) in words:
+        boxes: list[tuple[float, int, Box]] = []
+        for reach in (0, 6, 12, 20):
+            for turn in range(16):
+                angle = (turn - 2) * math.pi / 8
+                centre_x = x + math.cos(angle) * (width / 2 + 5 + reach)
+                centre_y = y + math.sin(angle) * (height / 2 + 5 + reach)
+                box = (centre_x - width / 2, centre_y - height / 2, centre_x + width / 2, centre_y + height / 2)
+                boxes.append((room.cost(box) + 2 * reach, len(boxes), box))
+        _, _, box = min(boxes)
+        room.placed.append(box)
+        found.append((box[0], (box[1] + box[3]) / 2))
+    return found
+
+
+class _Room:
+    """What words must keep away from: the points and lines of paths, the words that were placed before, and the edge."""
+
+    def __init__(self, paths: Sequence[Sequence[Point]], inside: Box) -> None:
+        self.placed: list[Box] = []
+        self._inside = inside
+        self._dots = np.array([point for path in paths for point in path], dtype=float).reshape(-1, 2)
+        self._lines = np.array([at for path in paths for a, b in itertools.pairwise(path) for at in _along(a, b)]).reshape(-1, 2)
+
+    def cost(self, box: Box) -> float:
+        """How much a word in that box would hide and overlap, in no unit."""
+        left, top, right, bottom = box[0] - 4, box[1], box[2] + 4, box[3]
+        overlap = sum(max(0.0, min(right, r) - max(left, x)) * max(0.0, min(bottom, b) - max(top, y)) for x, y, r, b in self.placed)
+        outside = sum(
+            max(0.0, beyond)
+            for beyond in (self._inside[0] - left, self._inside[1] - top, right - self._inside[2], bottom - self._inside[3])
+        )
+        dots, lines = (
+            int(((at[:, 0] > box[0] - gap) & (at[:, 0] < box[2] + gap) & (at[:, 1] > top - gap) & (at[:, 1] < bottom + gap)).sum())
+            for at, gap in ((self._dots, 3), (self._lines, 2))
+        )
+        return 8 * overlap + 100 * outside + 60 * dots + 6 * lines
+
+
+def _along(a: Point, b: Point) -> list[Point]:
+    """Points from `a` to `b`, 3 pixels apart."""
+    count = max(1, round(math.dist(a, b) / 3))
+    return [(a[0] + (b[0] - a[0]) * i / count, a[1] + (b[1] - a[1]) * i / count) for i in range(count)]
+
+
+def _arrow(pen: ImageDraw.ImageDraw, ends: Sequence[Point]) -> None:
+    """From the first point to the second, on the large canvas."""
+    (x, y), (tip_x, tip_y) = ends
+    length = math.hypot(tip_x - x, tip_y - y)
+    dx, dy = (tip_x - x) / length, (tip_y - y) / length
+    head, half = 7 * SUPERSAMPLING, 4 * SUPERSAMPLING
+    base_x, base_y = tip_x - dx * head, tip_y - dy * head
+    pen.line([(x, y), (base_x, base_y)], FAINT_INK, 2 * SUPERSAMPLING)
+    pen.polygon([(tip_x, tip_y), (base_x - dy * half, base_y + dx * half), (base_x + dy * half, base_y - dx * half)], FAINT_INK)
+
+
+def _widened(values: Sequence[float]) -> list[float]:
+    """A little below the lowest and above the highest; for equal values, by a tenth of them."""
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    return [low - margin, high + margin]
+
+
 class _Axis:
     """One axis: its range, which is never empty, and its ticks."""
 
@@ -236,20 +368,20 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return font
 
 
-def _legend_rows(chart: Chart, width: int) -> Iterator[list[tuple[int, str, str, bool]]]:
-    """Rows of (x, label, colour, dashed), as many entries in each as fit into `width` pixels; none for a single line."""
-    entries = [(line.label, line.colour, False) for line in chart.series]
-    entries += [(marks.label, marks.colour, True) for marks in chart.marks if marks.positions]
+def _legend_rows(chart: Chart, width: int) -> Iterator[list[tuple[int, str, str, Sequence[int]]]]:
+    """Rows of (x, label, colour, dashes), as many entries in each as fit into `width` pixels; none for a single line."""
+    entries = [(line.label, line.colour, line.dashes) for line in chart.series]
+    entries += [(marks.label, marks.colour, _MARK_DASHES) for marks in chart.marks if marks.positions]
     if len(entries) < 2:
         return
-    row: list[tuple[int, str, str, bool]] = []
+    row: list[tuple[int, str, str, Sequence[int]]] = []
     x = 16
-    for label, colour, dashed in entries:
+    for label, colour, dashes in entries:
         needed = 28 + round(_font(13).getlength(label)) + 24
         if row and x + needed > width:
             yield row
             row, x = [], 16
-        row.append((x, label, colour, dashed))
+        row.append((x, label, colour, dashes))
         x += needed
     yield row
 

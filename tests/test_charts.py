@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_experts.charts import Chart, Marks, Series, compact, draw_captioned, draw_chart, draw_grid, linear_ticks, log_ticks, palette
+from t2i_experts.charts import (
+    Chart,
+    Marks,
+    Series,
+    compact,
+    dashed,
+    draw_captioned,
+    draw_chart,
+    draw_grid,
+    linear_ticks,
+    log_ticks,
+    palette,
+    place_words,
+)
 
 RED, PINK, BLUE = "#ff0000", "#ff00ff", "#0000ff"
 
@@ -144,3 +158,62 @@ def test_a_grid_holds_each_picture_in_its_row_and_column() -> None:
     xs = [[centres[colour][1] for colour in line] for line in colours]
     assert ys[0] == [ys[0][0]] * 3 and ys[1][0] - ys[0][0] == 44
     assert xs[0] == xs[1] and np.diff(xs[0]).tolist() == [44, 44]
+
+
+def test_a_line_may_go_back_and_axes_may_reach_over_its_points_alone() -> None:
+    points, green = [(25.0, 14.0), (26.0, 12.0), (25.2, 12.5)], "#00a000"
+    dots = [Series("a", [point], colour, width=4) for point, colour in zip(points, (RED, PINK, BLUE), strict=True)]
+    picture = draw_chart(Chart("t", "x", "y", [Series("line", points, green), *dots], from_zero=False))
+    red, pink, blue = (pixels[pixels[:, 0] > 90].mean(axis=0) for pixels in (where(picture, line.colour) for line in dots))
+    assert pink[1] - red[1] > 700 and pink[0] - red[0] > 200
+    assert blue == pytest.approx([red[0] + 0.75 * (pink[0] - red[0]), red[1] + 0.2 * (pink[1] - red[1])], abs=1)
+    line = where(picture, green)
+    for a, b, drawn in ((red, pink, True), (pink, blue, True), (blue, red, False)):
+        assert (np.abs(line - (a + b) / 2).sum(axis=1).min() < 3) == drawn
+
+
+@pytest.mark.parametrize("better", [(1, -1), (-1, 1)])
+def test_an_arrow_points_to_where_it_is_better(better: tuple[int, int]) -> None:
+    line = Series("a", [(1, 1), (2, 2)], BLUE)
+    without, with_arrows = (np.asarray(draw_chart(Chart("t", "", "", [line], better=way)), dtype=int) for way in ((0, 0), better))
+    rows, columns = np.nonzero(np.abs(without - with_arrows).sum(axis=-1) > 30)
+    bottom = rows > 300
+    for along, across, way in ((columns[bottom], rows[bottom], better[0]), (-rows[~bottom], columns[~bottom], better[1])):
+        thickness = [len({*across[along == place]}) for place in range(along.min(), along.max() + 1)]
+        head = thickness.index(max(thickness)) / len(thickness)
+        assert head > 0.5 if way > 0 else head < 0.5
+
+
+def test_a_subtitle_moves_the_chart_down_and_nothing_else() -> None:
+    line = Series("a", [(1, 1), (2, 2)], BLUE)
+    short, long = (where(draw_chart(Chart("t", "x", "y", [line], subtitle=text)), BLUE) for text in ("", "some words " * 40))
+    assert long[:, 0].min() > short[:, 0].min() + 30 and long[:, 1].max() == short[:, 1].max()
+
+
+def test_dashes_have_their_lengths_round_corners_too() -> None:
+    path = [(0.0, 0.0), (10.0, 0.0), (10.0, 25.0)]
+    pieces = list(dashed(path, (8, 4)))
+    lengths = [sum(math.dist(a, b) for a, b in itertools.pairwise(piece)) for piece in pieces]
+    assert lengths == pytest.approx([8, 8, 8]) and [piece[0] for piece in pieces] == [(0, 0), (10, 2), (10, 14)]
+    assert list(dashed(path, ())) == [path]
+    assert sum(math.dist(a, b) for piece in dashed(path, (20, 5)) for a, b in itertools.pairwise(piece)) == pytest.approx(30)
+
+
+def test_words_stand_beside_their_points_and_not_on_each_other() -> None:
+    dots = [(100.0 + 14 * i, 200.0 + 3 * (i % 4)) for i in range(12)]
+    inside = (60.0, 50.0, 400.0, 350.0)
+    found = place_words([(16.0, 12.0, dot) for dot in dots], [dots], inside)
+    boxes = [(x, y - 6, x + 16, y + 6) for x, y in found]
+    for (a, b, c, d), (e, f, g, h) in itertools.combinations(boxes, 2):
+        assert c <= e or g <= a or d <= f or h <= b
+    for (a, b, c, d), (x, y) in zip(boxes, dots, strict=True):
+        assert math.dist(((a + c) / 2, (b + d) / 2), (x, y)) < 45 and inside[0] <= a and c <= inside[2]
+        assert not any(a < dot_x < c and b < dot_y < d for dot_x, dot_y in dots)
+
+
+def test_words_of_a_chart_have_the_colour_of_their_line() -> None:
+    points = [(1.0, 1.0), (2.0, 2.0), (3.0, math.nan)]
+    plain, worded = (where(draw_chart(Chart("t", "x", "y", [Series("a", points, BLUE, words=words)])), BLUE) for words in ((), "123"))
+    assert len(worded) > len(plain) + 5
+    with pytest.raises(ValueError, match="zip"):
+        draw_chart(Chart("t", "x", "y", [Series("a", points, BLUE, words=["1"])]))

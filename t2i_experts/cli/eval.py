@@ -7,6 +7,7 @@ from t2i_experts.cli.eval_coco import coco
 from t2i_experts.cli.eval_fid import fid
 from t2i_experts.cli.eval_judge import judge
 from t2i_experts.cli.eval_score import score
+from t2i_experts.cli.eval_sweep import sweep
 from t2i_experts.cli.options import group
 
 app = group("eval", "Measure what pictures are worth, with all that it takes to repeat a number.")
@@ -15,4 +16,5 @@ app.command()(fid)
 app.command()(clip)
 app.command()(score)
 app.command()(coco)
+app.command()(sweep)
 app.command()(judge)

@@ -20,6 +20,7 @@ from torch import Tensor
 from t2i_experts.config import to_plain
 from t2i_experts.evaluation.frechet import FEWEST_TO_EXTRAPOLATE
 from t2i_experts.evaluation.metrics import mean_score
+from t2i_experts.evaluation.originals import Originals
 from t2i_experts.evaluation.parts import Parts
 from t2i_experts.evaluation.pictures import set_hash
 from t2i_experts.evaluation.processes import Processes
@@ -47,23 +48,32 @@ def refuse_impossible(drawn: int, references: int, statistics: MeasuredSet | Non
 
 
 @dataclass(frozen=True)
+class Unread:
+    """Prompts that are read only in part. by_model: a line for each of its encoders that does so. by_metrics: how many, by name."""
+
+    by_model: Sequence[str]
+    by_metrics: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What is to be measured. out: where the result goes. folder: of the parts. saved: where pictures go, if anywhere.
 
-    which: the reference pictures in a word. images, names: their folder and their names. statistics: the reference, if it is a file of
-    these instead.
+    which: the reference pictures in a word. originals, names: where they are, and their names. statistics: the reference, if it is a file
+    of these instead. shared: a folder for the parts of the reference, if other evaluations have the same.
     """
 
     drawing: Drawing
     networks: Networks
     comparison: Comparison
     which: str
-    images: Path | None
+    originals: Originals | None
     names: Sequence[str]
     statistics: MeasuredSet | None
     out: Path
     folder: Path
     saved: Path | None
+    shared: Path | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for statistics of features that are made in another way."""
@@ -94,8 +104,8 @@ class Evaluation:
         }
         if self.statistics is not None:
             described["reference"] = dict(self.statistics.record)
-        elif self.names:
-            described["reference"] = {"path": str(self.images), "which": self.which, "kind": "folder", "count": len(self.names)}
+        elif self.originals is not None:
+            described["reference"] = self._listed(self.originals)
         return described
 
     def check(self) -> None:
@@ -117,6 +127,12 @@ class Evaluation:
         except OSError as error:
             raise ValueError(f"--out={self.out}: {error.strerror or error}") from error
 
+    def remaining(self) -> tuple[int, int]:
+        """How many pictures are still to be drawn, and how many of the reference to be read."""
+        generated, reference = self._generated(), self._reference()
+        drawn, read = generated.missing(), [] if reference is None else reference.missing()
+        return sum(map(len, drawn)), sum(map(len, read))
+
     def do(self, processes: Processes, bar: Callable[[str], AbstractContextManager[Progress]]) -> None:
         """Makes this process's share of what is missing, the reference first: what is wrong there is found before hours of drawing.
 
@@ -124,44 +140,50 @@ class Evaluation:
         """
         reference, generated = self._reference(), self._generated()
         of = f" ({processes.count} processes)" if processes.count > 1 else ""
-        if reference is not None and self.images is not None:
-            folder, names, saved = self.images, self.names, self._saved("reference")
+        if reference is not None and self.originals is not None:
+            originals, saved = self.originals, self._saved("reference")
             mine = to_make(reference, saved, processes)
             with bar(f"reference{of}") as progress:
-                processes.together(lambda: reference_parts(reference, mine, folder, names, self.networks, saved, progress))
+                processes.together(lambda: reference_parts(reference, mine, originals, self.names, self.networks, saved, progress))
         saved = self._saved("generated")
         mine = to_make(generated, saved, processes)
         with bar(f"drawing{of}") as progress:
             processes.together(lambda: draw_parts(generated, mine, self.drawing, self.networks, saved, progress))
 
-    def result(self) -> dict[str, Any]:
-        """The numbers with what is known of both sets, out of all parts. Keeps the statistics of the reference in `out`."""
+    def measured_reference(self) -> MeasuredSet | None:
+        """What the generated pictures are compared with, out of all parts; None if there is nothing."""
+        parts, extractor = self._reference(), self.networks.extractor
+        if parts is None or extractor is None or self.originals is None:
+            return self.statistics
+        seen = gather(parts, self.networks.pace.device, keep=self.comparison.needs_features)
+        assert seen.statistics is not None
+        record = {**self._listed(self.originals), "count": len(seen.digests), "sha256": set_hash(seen.digests)}
+        seconds = round(seen.seconds, 3)
+        return MeasuredSet(seen.statistics.gaussian(), seen.features, extractor.record, {**record, "seconds": seconds})
+
+    def keep_reference(self, reference: MeasuredSet, path: Path) -> None:
+        """Writes its statistics, with how they were made, as a file that `read_statistics` reads."""
+        made = {**(reference.made or {}), **{k: v for k, v in self.networks.features_made().items() if k != "features"}}
+        save_statistics(path, reference.gaussian, json.dumps(made))
+
+    def unread(self) -> Unread:
+        """Which of the prompts the model and the metrics read only in part."""
+        texts = self.drawing.prompts.texts
+        counts = {name: sum(tokens > 0 for tokens in metric.cut(texts)) for name, metric in self.networks.metrics.items()}
+        return Unread(cut_prompts(self.drawing), counts)
+
+    def result(self, reference: MeasuredSet | None, unread: Unread) -> dict[str, Any]:
+        """The numbers with what is known of both sets, out of all parts. reference, unread: `measured_reference` and `unread`."""
         place, extractor = self.networks.pace.device, self.networks.extractor
         drawn = gather(self._generated(), place, keep=self.comparison.needs_features)
         record: dict[str, Any] = {"count": len(drawn.digests), "sha256": hashlib.sha256(b"".join(drawn.digests)).hexdigest()}
         generated = {"path": "the sampler's pictures", "kind": "generated", **record, "seconds": round(drawn.seconds, 3)}
-        notes = cut_prompts(self.drawing)
+        notes = list(unread.by_model)
         found: dict[str, Any] = {"generated": generated, "scores": scores(drawn, self.drawing.prompts), "notes": notes}
-        for name, metric in self.networks.metrics.items():
-            found["scores"][name]["captions_cut"] = sum(tokens > 0 for tokens in metric.cut(self.drawing.prompts.texts))
-        if extractor is None or drawn.statistics is None:
+        for name, count in unread.by_metrics.items():
+            found["scores"][name]["captions_cut"] = count
+        if extractor is None or drawn.statistics is None or reference is None:
             return found
-        reference, parts = self.statistics, self._reference()
-        if parts is not None:
-            seen = gather(parts, place, keep=self.comparison.needs_features)
-            assert seen.statistics is not None
-            what = {
-                "path": str(self.images),
-                "which": self.which,
-                "kind": "folder",
-                "count": len(seen.digests),
-                "sha256": set_hash(seen.digests),
-            }
-            gaussian = seen.statistics.gaussian()
-            reference = MeasuredSet(gaussian, seen.features, extractor.record, {**what, "seconds": round(seen.seconds, 3)})
-            made = {**extractor.record, **{k: v for k, v in self.networks.features_made().items() if k != "features"}}
-            save_statistics(self.out / REFERENCE, gaussian, json.dumps(made))
-        assert reference is not None
         measured = MeasuredSet(drawn.statistics.gaussian(), drawn.features, extractor.record, generated)
         found |= {"reference": dict(reference.record), "notes": [*notes, *remarks({"generated": measured, "reference": reference})]}
         return {**compare(measured, reference, self.comparison, place), **found}
@@ -178,10 +200,13 @@ class Evaluation:
         return Parts(self.folder / "generated", len(self.drawing.prompts.prompts), self.decided())
 
     def _reference(self) -> Parts | None:
-        if not self.names:
+        if self.originals is None:
             return None
-        listed = hashlib.sha256("\n".join(self.names).encode()).hexdigest()
-        return Parts(self.folder / "reference", len(self.names), {"names": listed, **self.networks.features_made()})
+        listed = {"names": hashlib.sha256("\n".join(self.names).encode()).hexdigest(), **self.originals.identity}
+        return Parts((self.shared or self.folder) / "reference", len(self.names), {**listed, **self.networks.features_made()})
+
+    def _listed(self, originals: Originals) -> dict[str, Any]:
+        return {"path": str(originals.path), "which": self.which, "kind": originals.kind, "count": len(self.names), **originals.identity}
 
     def _saved(self, what: str) -> Path | None:
         return None if self.saved is None else self.saved / what

@@ -8,8 +8,9 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from t2i_experts.shards.coco import read_captions
 from t2i_experts.shards.format import not_utf8
@@ -26,6 +27,8 @@ _COLUMNS = {
 """What a list may say of a prompt, and what its columns may be called, in any case; the first that is there counts."""
 
 _LISTED = 5
+
+Identity = TypeVar("Identity", int, str, int | str)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class PromptList:
         """The pictures that the prompts are captions of, each once, in the order of the list."""
         return list(dict.fromkeys(prompt.file_name for prompt in self.prompts if prompt.file_name is not None))
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Of the file that `csv` is."""
         return hashlib.sha256(self.csv().encode()).hexdigest()
@@ -88,10 +91,25 @@ def choose_captions(annotations: Path, num: int | None, seed: int) -> PromptList
     entries = _complete_entries(annotations)
     if num is not None and num > len(entries):
         raise ValueError(f"--num={num}: {annotations} has captions of only {len(entries):,} images")
-    chosen = sorted(entries, key=lambda identity: _draw(seed, "image", identity))[:num]
-    prompts = tuple(Prompt(_caption(entries[one][1], seed, one), one, entries[one][0]) for one in chosen)
+    chosen = first_by_rule(entries, num, seed)
+    prompts = tuple(Prompt(caption_of(entries[one][1], seed, one), one, entries[one][0]) for one in chosen)
     origin = {"kind": "COCO captions", "path": str(annotations), "file_sha256": _file_sha256(annotations)}
-    return PromptList(prompts, {**origin, "images": len(entries), "caption_seed": seed, "rule": RULE})
+    return PromptList(prompts, {**origin, "images": len(entries), **rule_of(seed)})
+
+
+def first_by_rule(identities: Iterable[Identity], num: int | None, seed: int) -> list[Identity]:
+    """The first `num` images by `RULE`; None is all."""
+    return sorted(identities, key=lambda identity: _draw(seed, "image", identity))[:num]
+
+
+def caption_of(captions: Sequence[str], seed: int, identity: int | str) -> str:
+    """One of an image's captions, by `RULE`; white space is one blank each."""
+    return _words(captions[_draw(seed, "caption", identity) % len(captions)])
+
+
+def rule_of(seed: int) -> dict[str, Any]:
+    """What a list that was chosen by `RULE` says of it."""
+    return {"caption_seed": seed, "rule": RULE}
 
 
 def read_prompts(path: Path) -> PromptList:
@@ -142,12 +160,12 @@ def read_ids(path: Path, annotations: Path | None, seed: int) -> PromptList:
         name, captions = entries[identity]
         if prompt.file_name is not None and Path(prompt.file_name).name != Path(name).name:
             raise ValueError(f"{path}: image_id {identity} is {prompt.file_name} there and {name} in {annotations}")
-        prompts.append(replace(prompt, text=prompt.text or _caption(captions, seed, identity), image_id=identity, file_name=name))
+        prompts.append(replace(prompt, text=prompt.text or caption_of(captions, seed, identity), image_id=identity, file_name=name))
     if unknown:
-        raise ValueError(f"{len(unknown):,} of the {len(found.prompts):,} pictures of {path} are not in {annotations}: {_some(unknown)}")
+        raise ValueError(f"{len(unknown):,} of the {len(found.prompts):,} pictures of {path} are not in {annotations}: {some(unknown)}")
     origin = {**found.origin, "annotations": str(annotations), "annotations_sha256": _file_sha256(annotations)}
     if not all(prompt.text for prompt in found.prompts):
-        origin |= {"caption_seed": seed, "rule": RULE}
+        origin |= rule_of(seed)
     return PromptList(tuple(prompts), origin)
 
 
@@ -162,7 +180,7 @@ def missing_files(folder: Path, names: Sequence[str]) -> None:
         raise ValueError(f"--images={str(folder)!r} is {'not a folder' if folder.exists() else 'not there'}")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{len(missing):,} of the {len(names):,} pictures are not in {folder}: {_some(missing)}")
+        raise ValueError(f"{len(missing):,} of the {len(names):,} pictures are not in {folder}: {some(missing)}")
 
 
 def _complete_entries(annotations: Path) -> dict[int | str, tuple[str, list[str]]]:
@@ -170,11 +188,11 @@ def _complete_entries(annotations: Path) -> dict[int | str, tuple[str, list[str]
     entries, unlisted = read_captions(annotations)
     if unlisted:
         without = dict.fromkeys(identity for identity, _ in unlisted)
-        raise ValueError(f"{annotations}: {len(unlisted):,} captions of images that it does not list: {_some(without)}")
+        raise ValueError(f"{annotations}: {len(unlisted):,} captions of images that it does not list: {some(without)}")
     found = {entry["id"]: (entry["file_name"].strip(), [words for text in texts if (words := _words(text))]) for entry, texts in entries}
     mute = [name for name, captions in found.values() if not captions]
     if mute:
-        raise ValueError(f"{annotations}: {len(mute):,} of its {len(found):,} images have no caption: {_some(mute)}")
+        raise ValueError(f"{annotations}: {len(mute):,} of its {len(found):,} images have no caption: {some(mute)}")
     if not found:
         raise ValueError(f"{annotations} lists no images")
     return found
@@ -204,10 +222,6 @@ def _rows(file: io.StringIO, kind: str, path: Path) -> Iterator[Prompt]:
         raise ValueError(f"{path}, line {plain.line_num}: {error}") from error
 
 
-def _caption(captions: Sequence[str], seed: int, identity: int | str) -> str:
-    return captions[_draw(seed, "caption", identity) % len(captions)]
-
-
 def _draw(seed: int, purpose: str, identity: int | str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}/{identity}".encode()).digest(), "big")
 
@@ -220,6 +234,7 @@ def _file_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _some(names: Iterable[Any]) -> str:
+def some(names: Iterable[Any]) -> str:
+    """The first few names, and how many more there are."""
     shown = [str(name) for name in names]
     return ", ".join(shown[:_LISTED]) + (f" and {len(shown) - _LISTED:,} more" if len(shown) > _LISTED else "")

@@ -6,21 +6,21 @@ import resource
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from t2i_experts.cascade.device import synchronize
+from t2i_experts.evaluation.originals import Originals
 from t2i_experts.evaluation.seeing import Drawing, Networks, read_squares
 
 _FEW, _MORE = 2, 4
 
 
-def rehearse(drawing: Drawing, networks: Networks, processes: int, folder: Path | None, names: list[str]) -> dict[str, Any]:
+def rehearse(drawing: Drawing, networks: Networks, processes: int, originals: Originals | None, names: list[str]) -> dict[str, Any]:
     """Draws one batch a few times, and shows it and as many of the reference pictures to the networks. Writes nothing.
 
-    processes: that will share the work, each with a device like this. folder, names: of the reference pictures. Raises ValueError as the
+    processes: that will share the work, each with a device like this. originals, names: of the reference pictures. Raises ValueError as the
     evaluation would for the pictures that it looks at.
     """
     device = drawing.pipeline.device
@@ -45,13 +45,13 @@ def rehearse(drawing: Drawing, networks: Networks, processes: int, folder: Path 
     networks.see(squares, captions, labels)
     picture_seconds = (batch_seconds + time.perf_counter() - started) / len(indices)
     reference_seconds = 0.0
-    if folder is not None:
+    if originals is not None and names:
         some = names[: networks.pace.batch]
         started = time.perf_counter()
-        found = list(read_squares(folder, some, networks))
+        found = list(read_squares(originals, some, networks))
         bad = [line for line in found if isinstance(line, str)]
         if bad:
-            raise ValueError(f"{folder}: {bad[0]}")
+            raise ValueError(f"{originals.path}: {bad[0]}")
         networks.see(torch.stack([one[0] for one in found if not isinstance(one, str)]), None, some)
         reference_seconds = (time.perf_counter() - started) / len(some)
     seconds = (picture_seconds * count + reference_seconds * len(names)) / processes

@@ -22,6 +22,7 @@ from t2i_experts.config import SamplingConfig
 from t2i_experts.evaluation.features import FeatureExtractor
 from t2i_experts.evaluation.generation import draw
 from t2i_experts.evaluation.metrics import Metric
+from t2i_experts.evaluation.originals import Originals
 from t2i_experts.evaluation.parts import Parts
 from t2i_experts.evaluation.pictures import named_digest
 from t2i_experts.evaluation.processes import Processes
@@ -125,7 +126,8 @@ def draw_parts(
     """
     texts = drawing.prompts.texts
     total, done = sum(map(len, mine)), 0
-    progress(0, total)
+    if total:
+        progress(0, total)
     for indices in mine:
         started, squares = time.perf_counter(), []
         for square in drawing.squares(indices, networks.resolution):
@@ -144,20 +146,21 @@ def draw_parts(
 def reference_parts(
     parts: Parts,
     mine: Sequence[range],
-    folder: Path,
+    originals: Originals,
     names: Sequence[str],
     networks: Networks,
     saved: Path | None,
     progress: Progress = lambda done, total: None,
 ) -> None:
-    """The same for pictures of a folder. Raises ValueError, with their names, if some cannot be read."""
+    """The same for the pictures that captions were written for. Raises ValueError, with their names, if some cannot be read."""
     total, done = sum(map(len, mine)), 0
-    progress(0, total)
+    if total:
+        progress(0, total)
     unreadable: list[str] = []
     for indices in mine:
         started, squares, digests = time.perf_counter(), [], []
         before = len(unreadable)
-        for found in read_squares(folder, [names[i] for i in indices], networks):
+        for found in read_squares(originals, [names[i] for i in indices], networks):
             progress(done := done + 1, total)
             if isinstance(found, str):
                 unreadable.append(found)
@@ -175,15 +178,15 @@ def reference_parts(
     if unreadable:
         shown = "".join(f"\n  {line}" for line in unreadable[:_LISTED])
         more = f"\n  and {len(unreadable) - _LISTED:,} more" if len(unreadable) > _LISTED else ""
-        raise ValueError(f"{len(unreadable):,} of the {total:,} pictures that were read of {folder} cannot be:{shown}{more}")
+        raise ValueError(f"{len(unreadable):,} of the {total:,} pictures that were read of {originals.path} cannot be:{shown}{more}")
 
 
-def read_squares(folder: Path, names: Sequence[str], networks: Networks) -> Iterator[tuple[Tensor, bytes] | str]:
+def read_squares(originals: Originals, names: Sequence[str], networks: Networks) -> Iterator[tuple[Tensor, bytes] | str]:
     """Of each picture in order, what the networks see of it and the digest of its name and bytes, or in a line why it cannot be read."""
 
     def read(name: str) -> tuple[Tensor, bytes] | str:
         try:
-            data = (folder / name).read_bytes()
+            data = originals.read(name)
             pixels = torch.from_numpy(np.array(whole(data))).permute(2, 0, 1)
         except (OSError, ValueError) as error:
             return f"{name}: {error}"

@@ -182,11 +182,8 @@ class ShardReader:
 
     def raw(self, index: int) -> RawSample:
         """The sample at an index of the dataset's own order, not decoded. Raises as `item` does."""
-        if not 0 <= index < self.samples:
-            raise IndexError(f"index {index} is not in [0, {self.samples})")
-        shard = bisect.bisect_right(self._ends, index)
+        shard, row = self._place(index)
         tar = self._tars[shard]
-        row = self._row(shard, index - self._ends[shard] + self._shards[shard][1].samples)
         path = str(tar)
         try:
             row.check_sizes()
@@ -199,6 +196,17 @@ class ShardReader:
         except (ValueError, OSError) as error:
             raise UnreadableSample(Unreadable(str(tar), row.key, str(error))) from error
         return RawSample(tar, row.key, image, captions, metadata, features)
+
+    def name(self, index: int) -> str:
+        """What no other sample of its folder is called: the tar's file and the key, `00000.tar/000123`. Raises as `item` does."""
+        shard, row = self._place(index)
+        return f"{self._shards[shard][1].file}/{row.key}"
+
+    def _place(self, index: int) -> tuple[int, Row]:
+        if not 0 <= index < self.samples:
+            raise IndexError(f"index {index} is not in [0, {self.samples})")
+        shard = bisect.bisect_right(self._ends, index)
+        return shard, self._row(shard, index - self._ends[shard] + self._shards[shard][1].samples)
 
     def _sample(self, position: int, raw: RawSample, caption: int, shape: tuple[int, int]) -> Sample:
         try:

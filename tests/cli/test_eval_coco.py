@@ -19,6 +19,7 @@ from t2i_experts.cascade.picture import read_metadata
 from t2i_experts.cascade.pipeline import CascadePipeline
 from t2i_experts.evaluation import features, parts
 from t2i_experts.registry import registry
+from t2i_experts.shards.reader import ShardReader
 from tests.evaluation.test_processes import command, launched
 
 CLI = Callable[..., tuple[int, str, str]]
@@ -193,6 +194,38 @@ def test_lists_statistics_and_all_pictures_as_reference(coco: Callable[..., Any]
     assert code == 2 and "is of pictures at --resolution 16; received --resolution 20" in err
     code, _, err = cli("eval", "coco", *options, "--kid")
     assert code == 2 and "a/reference.npz holds statistics alone" in err
+
+
+def test_shards_bring_captions_and_pictures(coco: Callable[..., Any], cli: CLI, world: Path, shards: Path) -> None:
+    few = ("--shards", shards / "train", "--steps", 1)
+    record = coco(*few, "--caption-seed", 1, "--out", "a")
+    assert (record["prompts"]["kind"], record["prompts"]["images"], record["prompts"]["count"]) == ("shards", 40, 20)
+    rows = [line.split(",") for line in (world / "a/ids.csv").read_text().splitlines()]
+    assert rows[0] == ["file_name", "caption"] and len({name for name, _ in rows[1:]}) == 20
+    for name, caption in rows[1:]:
+        number = int(name.split("/")[1])
+        assert name == f"{number // 16:05}.tar/{number:06}" and caption in (f"a red cube {number}", f"picture {number}")
+    assert {caption.split()[0] for _, caption in rows[1:]} == {"a", "picture"}
+    (world / "files").mkdir()
+    reader = ShardReader([shards / "train"], size=16, seed=0)
+    for name, _ in rows[1:]:
+        number = int(name.split("/")[1])
+        (world / f"files/{number}.png").write_bytes(reader.raw(number).image)
+    compare = ("--features", "open_clip", "--model", "clip", "--device", "cpu", "--json")
+    files = json.loads(cli("eval", "fid", "files", "a/reference.npz", *compare)[1])
+    assert files["distance"] == pytest.approx(0, abs=1e-4) and record["reference"]["kind"] == "shards"
+    listed = coco("--ids", "a/ids.csv", "--shards", shards / "train", "--steps", 1, "--out", "b")
+    assert listed["distance"] == record["distance"] and listed["reference"]["sha256"] == record["reference"]["sha256"]
+    everything = coco(*few, "--caption-seed", 1, "--reference", "all", "--out", "c")
+    assert (everything["reference"]["count"], everything["generated"]["sha256"]) == (40, record["generated"]["sha256"])
+    for arguments, said in (
+        (["--num", 41], "--num=41: the shards of"),
+        (["--images", "val"], "--images does not go with it"),
+        (["--ids", "a/ids.csv", "--shards", shards / "validation"], "of the 20 pictures are not in the shards of"),
+        (["--shards", "val"], "val"),
+    ):
+        code, out, err = cli("eval", "coco", *SMALL, "--model", "model", *few, *arguments, "--out", "d")
+        assert (code, out) == (2, "") and said in err and err.count("\n") == 1, err
 
 
 def test_prompts_without_pictures_have_scores_by_category(cli: CLI, world: Path) -> None:
