@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from t2i_experts.cli.eval_clip import clip
 from t2i_experts.cli.eval_coco import coco
+from t2i_experts.cli.eval_compare import compare
 from t2i_experts.cli.eval_fid import fid
 from t2i_experts.cli.eval_judge import judge
 from t2i_experts.cli.eval_score import score
@@ -16,3 +17,4 @@ app.command()(clip)
 app.command()(score)
 app.command()(coco)
 app.command()(judge)
+app.command()(compare)

@@ -91,7 +91,7 @@ def coco(
     kid: Kid = False,
     precision_recall: PrecisionRecall = False,
     infinity: Annotated[bool, typer.Option("--infinity", help="Also the distance that infinitely many pictures would have.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for result.json, ids.csv and reference.npz.")] = Path("coco"),
+    out: Annotated[Path, typer.Option(help="Folder for result.json, ids.csv, scores.csv and reference.npz.")] = Path("coco"),
     parts: Annotated[
         Path | None, typer.Option(help="Folder for what is done of unfinished work; default: parts in --out.", show_default=False)
     ] = None,
@@ -147,6 +147,7 @@ def coco(
         from t2i_experts.evaluation.metrics import load_metric
         from t2i_experts.evaluation.processes import open_processes
         from t2i_experts.evaluation.protocol import Comparison, Pace, read_statistics
+        from t2i_experts.evaluation.records import made_by
         from t2i_experts.evaluation.rehearsal import rehearse
         from t2i_experts.evaluation.seeing import Drawing, Networks
 
@@ -192,6 +193,7 @@ def coco(
         networks = processes.together(lambda: first or load())
         evaluation = processes.together(plan)
         record: dict[str, Any] = {
+            **made_by("eval coco"),
             **evaluation.described(),
             "settings": {"batch_size": batch_size, "workers": workers, "processes": processes.count, "compile": compile},
             **machine(evaluation.networks.pace.device),

@@ -11,6 +11,7 @@ import typer
 
 from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, what_decides
 from t2i_experts.cli.importing import without_collecting
+from t2i_experts.cli.measuring import machine
 from t2i_experts.cli.options import BatchSize, Device, Dtype, Guidance, Json, Model, Sampler, Steps, Threshold
 from t2i_experts.cli.progress import progress_bar
 
@@ -56,6 +57,7 @@ def judge(
         from t2i_experts.evaluation.composition import load_prompts
         from t2i_experts.evaluation.judge import load_judge
         from t2i_experts.evaluation.judging import draw_and_judge, table
+        from t2i_experts.evaluation.records import made_by
 
     started = time.monotonic()
     trained = load_judge(judge)
@@ -68,12 +70,16 @@ def judge(
             pipeline, trained, load_prompts(num, seed), seed=seed, sampling=settings, batch_size=batch_size, progress=progress
         )
     result = {
+        **made_by("eval judge"),
         "scores": judged.scores(),
         "by_split": {split: judged.scores(split) for split in ("held-out", "validation")},
         "judge": {"source": judge, "fingerprint": trained.fingerprint, "accuracy": trained.accuracy},
+        "prompts": {"count": num, "sha256": judged.prompts_hash},
         "num": num,
         "seed": seed,
         **what_decides(pipeline, settings),
+        "settings": {"batch_size": batch_size},
+        **machine(pipeline.device),
         "seconds": round(time.monotonic() - started, 3),
     }
     if out is not None:

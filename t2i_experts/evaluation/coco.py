@@ -25,13 +25,13 @@ from t2i_experts.evaluation.pictures import set_hash
 from t2i_experts.evaluation.processes import Processes
 from t2i_experts.evaluation.prompts import PromptList
 from t2i_experts.evaluation.protocol import PICTURES, Comparison, MeasuredSet, Progress, check_alike, compare, remarks
-from t2i_experts.evaluation.records import differences, in_words, read_json, write_json
+from t2i_experts.evaluation.records import differences, in_words, read_json, write_json, write_values
 from t2i_experts.evaluation.seeing import Drawing, Networks, draw_parts, reference_parts
 from t2i_experts.evaluation.statistics import FeatureStatistics, save_statistics
 
 _TOKENIZED = 1024  # prompts at a time
 
-RESULT, IDS, REFERENCE = "result.json", "ids.csv", "reference.npz"
+RESULT, IDS, REFERENCE, SCORES = "result.json", "ids.csv", "reference.npz", "scores.csv"
 
 
 def refuse_impossible(drawn: int, references: int, statistics: MeasuredSet | None, wanted: Comparison) -> None:
@@ -129,13 +129,17 @@ class Evaluation:
             draw_parts(generated, self.drawing, self.networks, processes, self._saved("generated"), progress)
 
     def result(self) -> dict[str, Any]:
-        """The numbers with what is known of both sets, out of all parts. Keeps the statistics of the reference in `out`."""
+        """The numbers with what is known of both sets, out of all parts. Keeps the scores of each picture in `out`, and the statistics
+        of the reference."""
         place, extractor = self.networks.pace.device, self.networks.extractor
         drawn = gather(self._generated(), place, keep=self.comparison.needs_features)
         record: dict[str, Any] = {"count": len(drawn.digests), "sha256": hashlib.sha256(b"".join(drawn.digests)).hexdigest()}
         generated = {"path": "the sampler's pictures", "kind": "generated", **record, "seconds": round(drawn.seconds, 3)}
         notes = cut_prompts(self.drawing)
         found: dict[str, Any] = {"generated": generated, "scores": scores(drawn, self.drawing.prompts), "notes": notes}
+        if drawn.values:
+            by_name = {name: values.tolist() for name, values in drawn.values.items()}
+            found["values"] = write_values(self.out / SCORES, "index", range(len(drawn.digests)), by_name)
         for name, metric in self.networks.metrics.items():
             found["scores"][name]["captions_cut"] = sum(tokens > 0 for tokens in metric.cut(self.drawing.prompts.texts))
         if extractor is None or drawn.statistics is None:

@@ -78,9 +78,11 @@ def mean_score(values: Sequence[float] | Tensor) -> MeanScore:
 
 @dataclass(frozen=True, eq=False)
 class MeasuredPictures:
-    """values: (N,) float64, in the order of the set. record: mean, standard error and count, and all that made them."""
+    """values: (N,) float64, in the order of the set. names: of the pictures. record: mean, standard error and count, and all that made
+    them."""
 
     values: Tensor
+    names: Sequence[str]
     record: Mapping[str, Any]
 
 
@@ -98,6 +100,7 @@ def measure_captioned(
     started = time.perf_counter()
     pictures = captioned.pictures
     values: list[float] = []
+    names: list[str] = []
     too_long: list[dict[str, Any]] = []
     digests: list[bytes] = []
     of_captions: list[bytes] = []
@@ -114,6 +117,7 @@ def measure_captioned(
             if not math.isfinite(value):
                 raise RuntimeError(f"{metric.record['name']} of {picture.name} is {value}")
             values.append(value)
+            names.append(picture.name)
             if cut:
                 too_long.append({"picture": printable(picture.name), "caption": caption, "tokens_cut": cut})
         waiting.clear()
@@ -146,7 +150,7 @@ def measure_captioned(
         },
     }
     record["set"]["seconds"] = round(time.perf_counter() - started, 3)
-    return MeasuredPictures(torch.tensor(values, dtype=torch.float64), record)
+    return MeasuredPictures(torch.tensor(values, dtype=torch.float64), names, record)
 
 
 def printable(name: str) -> str:

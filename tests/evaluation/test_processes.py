@@ -95,8 +95,8 @@ def test_three_processes_give_the_record_of_one(sets: Path) -> None:
     assert code == 0 and [result[0] for result in several] == [0, 0, 0]
     assert [result[1] for result in several[1:]] == ["", ""] and not any("note" in result[2] for result in several[1:])
     three = json.loads(several[0][1])
-    assert (one["processes"], three["processes"]) == (1, 3)
-    for name in "ab":
+    assert (one["settings"]["processes"], three["settings"]["processes"]) == (1, 3)
+    for name in ("generated", "reference"):
         assert [three[name][key] for key in ("count", "sha256", "shorter_side")] == [
             one[name][key] for key in ("count", "sha256", "shorter_side")
         ]
