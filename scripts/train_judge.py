@@ -119,6 +119,17 @@ def read_metadata(folders: Sequence[Path]) -> list[dict[str, Any]]:
     return [reader.raw(index).metadata for index in range(reader.samples)]
 
 
+def refuse_seen(training: Tensor, validation: Tensor) -> None:
+    """Raises ValueError if pictures that are to measure the judge train it; both (N, 3, 64, 64) uint8 on the CPU.
+
+    One of a hundred may, for two scenes of one small object on white may be alike by chance.
+    """
+    seen = {hash(image.tobytes()) for image in training.numpy()}
+    again = sum(hash(image.tobytes()) in seen for image in validation.numpy())
+    if again > len(validation) / 100:
+        raise ValueError(f"--validation: {again:,} of its {len(validation):,} scenes are among those that train the judge; take others")
+
+
 def spoil(images: Tensor, generator: torch.Generator) -> Tensor:
     """(B, 3, 64, 64) uint8 -> the same, spoilt as a generator's pictures are; each way in half of the pictures, in strength at random.
 
@@ -287,8 +298,10 @@ def main(argv: list[str] | None = None) -> None:
     words = judge_words(arguments.channels, arguments.blocks)
     started = time.monotonic()
     with workers(arguments.workers) as pool:
-        scenes = read_scenes(arguments.shards, words, pool).to(arguments.device)
+        scenes = read_scenes(arguments.shards, words, pool)
         validation = read_scenes(arguments.validation, words, pool).images
+    refuse_seen(scenes.images, validation)
+    scenes = scenes.to(arguments.device)
     metadata = read_metadata(arguments.validation)
     torch.manual_seed(arguments.seed)
     network = JudgeNetwork(words).to(arguments.device, memory_format=torch.channels_last)
@@ -314,6 +327,8 @@ def main(argv: list[str] | None = None) -> None:
         accuracy[split] = measure(words, [metadata[i] for i in rows], [readings[i] for i in rows])
     training = {
         "scenes": len(scenes.images),
+        "shards": {str(folder): ShardReader([folder], size=SIZE, seed=0).dataset_hash for folder in arguments.shards},
+        "measured_on": {str(folder): ShardReader([folder], size=SIZE, seed=0).dataset_hash for folder in arguments.validation},
         "steps": steps,
         "images_seen": steps * min(arguments.batch_size, len(scenes.images)),
         "seconds": seconds,

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from t2i_experts.bench.device import cudnn_attention
 from t2i_experts.bench.loops import OwnLoop, add_batch_gradients
 from t2i_experts.bench.machine import bench_device, describe
 from t2i_experts.bench.network import Size, captions, noise_images, own_network, size_named
@@ -94,11 +93,11 @@ def _evaluation(size: Size, batch: int, device: torch.device, backend: str) -> C
     x, sigma, text = noise_images(size, batch, device, 0), torch.ones(batch, device=device), captions(batch, device)
     with torch.no_grad():
         prepared = network.prepare(text)
-    model = torch.compile(network, backend=backend)
+    network.compile(backend=backend)
 
     def call() -> object:
-        with torch.no_grad(), cudnn_attention(False):
-            return model(x, sigma, prepared)
+        with torch.no_grad():
+            return network(x, sigma, prepared)
 
     return call
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i_experts.bench.baseline import LAYOUTS, diffusers_context, diffusers_library, diffusers_network, in_better_layout
-from t2i_experts.bench.device import cudnn_attention, free
+from t2i_experts.bench.device import free
 from t2i_experts.bench.error import exact_float32, relative_rms
 from t2i_experts.bench.floor import bandwidth, flops, matrix_rate
 from t2i_experts.bench.machine import describe
@@ -28,6 +28,8 @@ from t2i_experts.training.allocations import held_by
 
 SIGMA = 80.0
 """Where sampling begins. EDM's c_skip is 4e-5 there: what is compared with float32 is the network's output, and not the input."""
+CALLS = 8
+"""Evaluations in a row that are timed together, as in a sampler, which waits for none of them."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Evaluation:
 
 def own_evaluation(size: Size, batch: int, device: torch.device, dtype: torch.dtype, *, compiled: bool) -> Evaluation:
     """This project's, as `cascade/` has it: the text's projections made beforehand; what is compiled is replayed by `GraphedDenoiser`."""
-    with torch.no_grad(), cudnn_attention(False):
+    with torch.no_grad():
         network, x, text = own_network(size, device).eval(), noise_images(size, batch, device, 0) * SIGMA, captions(batch, device)
         sigma = torch.tensor(SIGMA, dtype=torch.float64)  # as samplers give it
         with exact_float32():
@@ -51,10 +53,12 @@ def own_evaluation(size: Size, batch: int, device: torch.device, dtype: torch.dt
         network = network.to(dtype)
         prepared = network.prepare(text)
         count = flops(lambda: network(x, sigma, prepared))
-        model: Any = GraphedDenoiser(torch.compile(network, dynamic=False)) if compiled else network
+        if compiled:
+            network.compile(dynamic=False)
+        model: Any = GraphedDenoiser(network) if compiled else network
 
         def call() -> Tensor:
-            with torch.no_grad(), cudnn_attention(False):
+            with torch.no_grad():
                 output: Tensor = model(x, sigma, prepared)
             return output
 
@@ -99,7 +103,7 @@ def bench_denoiser(network: str, batches: Sequence[int], device: torch.device, *
     rows: list[Row] = []
     for batch in batches:
         found = _candidates(size, batch, device, eager=eager)
-        timings = interleave({name: evaluation.call for name, (_, evaluation) in found.items()}, device, repeats=repeats)
+        timings = interleave({name: evaluation.call for name, (_, evaluation) in found.items()}, device, repeats=repeats, calls=CALLS)
         first = next(iter(found))
         for name, (layout, evaluation) in found.items():
             seconds, rate = timings[name].median, rates[evaluation.dtype]

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from t2i_experts.bench.device import cudnn_attention, free
+from t2i_experts.bench.device import free
 from t2i_experts.bench.loops import OwnLoop, add_batch_gradients
 from t2i_experts.bench.machine import describe
 from t2i_experts.bench.network import ENCODERS, Size, captions, noise_images, own_network, size_named, stage_of
@@ -141,10 +141,12 @@ def _evaluation(work: Work, device: torch.device, compiled: bool) -> Callable[[]
     x, sigma = noise_images(work.size, work.batch, device, 0), torch.tensor(1.0, dtype=torch.float64)  # as samplers give it
     with torch.no_grad():
         prepared = network.prepare(work.text(device))
-    model: Any = GraphedDenoiser(torch.compile(network, dynamic=False)) if compiled else network
+    if compiled:
+        network.compile(dynamic=False)
+    model: Any = GraphedDenoiser(network) if compiled else network
 
     def call() -> Tensor:
-        with torch.no_grad(), cudnn_attention(False):
+        with torch.no_grad():
             output: Tensor = model(x, sigma, prepared)
         return output
 

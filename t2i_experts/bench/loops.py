@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from t2i_experts.bench.baseline import LAYOUTS, diffusers_context, diffusers_ema, diffusers_library, diffusers_network
-from t2i_experts.bench.device import cudnn_attention
 from t2i_experts.bench.network import Size, captions, noise_images, own_network
 from t2i_experts.config import EMAConfig, OptimizerConfig
 from t2i_experts.diffusion.loss import EDMLoss
@@ -22,16 +21,12 @@ ALL = slice(None)
 
 
 class Loop(Protocol):
-    """What is timed. network: its weights, float32. model: what a step calls, the network or its compiled form.
-
-    cudnn_attention: whether its attention may be cuDNN's.
-    """
+    """What is timed. network: its weights, float32. model: what a step calls, the network or its compiled form."""
 
     network: nn.Module
     model: Any
     device: torch.device
     batch: int
-    cudnn_attention: bool
 
     def losses(self, model: Any, rows: slice) -> Tensor:
         """The loss of each of these images of the batch, (N,) float32."""
@@ -45,12 +40,12 @@ class Loop(Protocol):
 class OwnLoop:
     """This project's step, as `training.trainer` takes it. backend: torch.compile's, None: not compiled. text: default: `captions`."""
 
-    cudnn_attention = False  # as in training
-
     def __init__(self, size: Size, batch: int, device: torch.device, backend: str | None, text: Conditioning | None = None) -> None:
         self.device, self.batch = device, batch
         self.network: nn.Module = own_network(size, device)
-        self.model: Any = torch.compile(self.network, backend=backend) if backend else self.network
+        self.model: Any = self.network
+        if backend:
+            self.network.compile(backend=backend)
         self._config = OptimizerConfig()
         self._optimizer, self._ema = build_optimizer(self.network, self._config), build_ema(self.network, EMAConfig())
         self._loss, self._conditioning = EDMLoss(), text or captions(batch, device)
@@ -73,8 +68,6 @@ class OwnLoop:
 class DiffusersLoop:
     """The step of diffusers' example `train_text_to_image.py` with its defaults, without its encoders, and without its two waits a step
     for the loss."""
-
-    cudnn_attention = True  # torch's default
 
     def __init__(self, size: Size, batch: int, device: torch.device, layout: str, *, compiled: bool) -> None:
         self.device, self.batch = device, batch
@@ -105,7 +98,6 @@ class DiffusersLoop:
 
 def add_batch_gradients(loop: Loop, rows: slice = ALL) -> None:
     """The gradients of the mean loss of these images, of a pass over the whole batch in bfloat16 autocast."""
-    with cudnn_attention(loop.cudnn_attention):
-        with torch.autocast(loop.device.type, torch.bfloat16):
-            losses = loop.losses(loop.model, ALL)
-        losses[rows].mean().backward()
+    with torch.autocast(loop.device.type, torch.bfloat16):
+        losses = loop.losses(loop.model, ALL)
+    losses[rows].mean().backward()

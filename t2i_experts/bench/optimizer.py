@@ -16,6 +16,7 @@ from t2i_experts.config import OptimizerConfig
 from t2i_experts.training.ema import EMA
 from t2i_experts.training.optim import build_optimizer
 
+CALLS = 8  # steps in a row that are timed together, as in a loop, which waits for none of them
 _WIDTH = 256
 _BYTES = 28 + 12  # a parameter: AdamW reads weight, gradient and two moments and writes three; EMA reads two and writes one
 
@@ -59,7 +60,7 @@ def bench_optimizer(millions: int, device: torch.device, *, repeats: int = 10) -
     own()
     errors = {"defaults, loop": _error(start, twin, averages, share)}
     errors["fused, foreach"] = _error(start, network, list(ema.network.parameters()), share)
-    timings = interleave({"defaults, loop": baseline, "fused, foreach": own}, device, repeats=repeats)
+    timings = interleave({"defaults, loop": baseline, "fused, foreach": own}, device, repeats=repeats, calls=CALLS)
     count = sum(parameter.numel() for parameter in start)
     least = _BYTES * count / bandwidth(device)
     slow, fast = timings.values()

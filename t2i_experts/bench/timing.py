@@ -34,11 +34,13 @@ class Timing:
         return (high - low) / 2 / self.median
 
 
-def interleave(candidates: Mapping[str, Work], device: torch.device, *, repeats: int = 10, warmup: int = 3) -> dict[str, Timing]:
+def interleave(
+    candidates: Mapping[str, Work], device: torch.device, *, repeats: int = 10, warmup: int = 3, calls: int = 1
+) -> dict[str, Timing]:
     """Each candidate's seconds: first `warmup` calls of each that do not count, then A, B, A, B... until each has had `repeats`.
 
-    On CUDA each repeat is timed by events on the current stream, and the device is idle when it begins. Raises ValueError for fewer than
-    one repeat.
+    On CUDA a repeat is so many `calls` in a row, its seconds are those of one, taken by events on the current stream, and the device is
+    idle when it begins. Elsewhere a repeat is one call. Raises ValueError for fewer than one repeat.
     """
     if repeats < 1:
         raise ValueError(f"repeats={repeats} must be at least 1")
@@ -48,20 +50,21 @@ def interleave(candidates: Mapping[str, Work], device: torch.device, *, repeats:
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, work in candidates.items():
-            seconds[name].append(seconds_of(work, device))
+            seconds[name].append(seconds_of(work, device, calls))
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
-def seconds_of(work: Work, device: torch.device) -> float:
-    """How long one call takes, until the device has done all that it was given."""
+def seconds_of(work: Work, device: torch.device, calls: int = 1) -> float:
+    """How long a call takes, until the device has done all that it was given; on CUDA, each of so many in a row, without a pause."""
     if device.type == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         synchronize(device)
         begin.record()
-        work()
+        for _ in range(calls):
+            work()
         end.record()
         end.synchronize()
-        return float(begin.elapsed_time(end)) / 1000
+        return float(begin.elapsed_time(end)) / 1000 / calls
     started = time.perf_counter()
     work()
     synchronize(device)

@@ -21,6 +21,7 @@ from t2i_experts.bench.result import Result, Row
 from t2i_experts.bench.timing import interleave
 from t2i_experts.cascade.device import synchronize
 
+CALLS = 4  # steps in a row that are timed together, as in a loop, which waits for none of them
 REFERENCE_ROWS = 32  # images whose gradient is compared with float32's
 
 
@@ -51,10 +52,10 @@ def first_steps(make: Callable[[], Loop], device: torch.device) -> Candidate:
     add_batch_gradients(loop, rows)
     synchronize(device)
     first = time.perf_counter() - started
-    found = [_taken(parameter) for parameter in parameters]
+    found, uncompiled = [_taken(parameter) for parameter in parameters], loop.network.forward
     with exact_float32():
-        loop.losses(loop.network, rows).mean().backward()
-        count = flops(lambda: loop.losses(loop.network, slice(0, 1)))
+        loop.losses(uncompiled, rows).mean().backward()
+        count = flops(lambda: loop.losses(uncompiled, slice(0, 1)))
     error = relative_rms(found, [_taken(parameter) for parameter in parameters])
     del found
 
@@ -100,7 +101,7 @@ def bench_train(network: str, batch: int, device: torch.device, *, eager: bool =
         found[fast] = in_better_layout(lambda layout: baseline(layout, True), device)
     found[own] = "NHWC", first_steps(lambda: OwnLoop(size, batch, device, None if eager else "inductor"), device)
 
-    timings = interleave({name: candidate.call for name, (_, candidate) in found.items()}, device, repeats=repeats)
+    timings = interleave({name: candidate.call for name, (_, candidate) in found.items()}, device, repeats=repeats, calls=CALLS)
     rows = []
     for name, (layout, candidate) in found.items():
         seconds = timings[name].median

@@ -99,6 +99,23 @@ def loader(
 
 
 @app.command()
+def fid(
+    images: Annotated[int, typer.Option(help="Pictures that are drawn for this, and held on the device.")] = 5000,
+    side: Annotated[int, typer.Option(help="Their side in pixels.")] = 1024,
+    features: Annotated[str, typer.Option(help="inception or squeezenet, with random weights.")] = "inception",
+    batch_size: Annotated[int, typer.Option(help="Pictures that go through the network together.")] = 32,
+    workers: Annotated[int | None, typer.Option(help="Threads that write and read PNGs; all cores if not given.")] = None,
+    repeats: Repeats = 3,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Statistics of features of images in memory, beside writing them as PNGs and reading these again; and the share of the sums."""
+    from t2i_experts.bench.fid import bench_fid
+
+    tell(bench_fid(images, side=side, features=features, batch_size=batch_size, workers=workers, repeats=repeats, device=device), as_json)
+
+
+@app.command()
 def optimizer(
     parameters: Annotated[int, typer.Option(help="Millions of parameters.")] = 100,
     repeats: Repeats = 10,

@@ -205,7 +205,7 @@ def coco(
                 typer.echo(json.dumps(record, ensure_ascii=False) if as_json else "\n".join(_lines(record)))
             return
         processes.together(lambda: evaluation.open() if processes.main else None)
-        processes.together(lambda: evaluation.do(processes, progress_bar if processes.main else no_bar))
+        evaluation.do(processes, progress_bar if processes.main else no_bar)
     if processes.main:
         result = evaluation.result()
         for note in result["notes"]:

@@ -61,7 +61,10 @@ def judge(
 
     started = time.monotonic()
     trained = load_judge(judge)
+    if not trained.accuracy:
+        raise ValueError(f"--judge={judge!r} does not say how accurate it is on real scenes, beside which alone its scores mean something")
     pipeline = open_pipeline(model, device, dtype)
+    trained.check_independent(pipeline.model.provenance)
     settings = pipeline.settings(**given)
     check_threshold(settings.threshold, pipeline.base.config.codec, "--")
     trained.network.to(pipeline.device)

@@ -30,7 +30,7 @@ def one_voice() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0":
             raise
         from t2i_experts.evaluation.processes import FailedProcess
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,11 @@ from t2i_experts.types import Conditioning, Embedding
 
 
 class Network(Protocol):
-    """F(x; c_noise, projected), see `t2i_experts.nn.unet.UNet`."""
+    """F(x; c_noise, projected), see `t2i_experts.nn.unet.UNet`.
+
+    One that wants its kernels chosen in some way has `kernels(device)` too, a context manager in which it is called, and which is entered
+    outside of what is compiled.
+    """
 
     def project(self, embeddings: Mapping[str, Embedding]) -> dict[str, Tensor]:
         """What depends on the prompt and not on sigma; not empty, and every tensor has the batch as its first dimension."""
@@ -39,6 +44,13 @@ class EDMPrecond(nn.Module):
         super().__init__()
         self.network = network
         self.sigma_data = sigma_data
+
+    def __call__(self, x: Tensor, *inputs: Any, **more: Any) -> Any:
+        """`forward`, or what it is compiled to."""
+        kernels: Any = getattr(self.network, "kernels", None)
+        choice: AbstractContextManager[None] = kernels(x.device) if kernels else nullcontext()
+        with choice:
+            return super().__call__(x, *inputs, **more)
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
         """The conditioning with the network's projections of it, which depend on no sigma: for many calls with one prompt."""

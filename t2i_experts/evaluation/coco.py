@@ -26,7 +26,7 @@ from t2i_experts.evaluation.processes import Processes
 from t2i_experts.evaluation.prompts import PromptList
 from t2i_experts.evaluation.protocol import PICTURES, Comparison, MeasuredSet, Progress, check_alike, compare, remarks
 from t2i_experts.evaluation.records import differences, in_words, read_json, write_json, write_values
-from t2i_experts.evaluation.seeing import Drawing, Networks, draw_parts, reference_parts
+from t2i_experts.evaluation.seeing import Drawing, Networks, draw_parts, reference_parts, to_make
 from t2i_experts.evaluation.statistics import FeatureStatistics, save_statistics
 
 _TOKENIZED = 1024  # prompts at a time
@@ -118,15 +118,21 @@ class Evaluation:
             raise ValueError(f"--out={self.out}: {error.strerror or error}") from error
 
     def do(self, processes: Processes, bar: Callable[[str], AbstractContextManager[Progress]]) -> None:
-        """Makes this process's share of what is missing, the reference first: what is wrong there is found before hours of drawing."""
+        """Makes this process's share of what is missing, the reference first: what is wrong there is found before hours of drawing.
+
+        Raises ValueError, in every process, for what is wrong in one of them, when all have done their shares.
+        """
         reference, generated = self._reference(), self._generated()
         of = f" ({processes.count} processes)" if processes.count > 1 else ""
         if reference is not None and self.images is not None:
             folder, names, saved = self.images, self.names, self._saved("reference")
+            mine = to_make(reference, saved, processes)
             with bar(f"reference{of}") as progress:
-                reference_parts(reference, folder, names, self.networks, processes, saved, progress)
+                processes.together(lambda: reference_parts(reference, mine, folder, names, self.networks, saved, progress))
+        saved = self._saved("generated")
+        mine = to_make(generated, saved, processes)
         with bar(f"drawing{of}") as progress:
-            draw_parts(generated, self.drawing, self.networks, processes, self._saved("generated"), progress)
+            processes.together(lambda: draw_parts(generated, mine, self.drawing, self.networks, saved, progress))
 
     def result(self) -> dict[str, Any]:
         """The numbers with what is known of both sets, out of all parts. Keeps the scores of each picture in `out`, and the statistics

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -151,6 +152,7 @@ class Score:
     """The share of claims that hold, and its standard error with the pictures as the independent draws.
 
     shown: that share among the cases in which all objects that the claim names are found; None for claims that name none.
+    chance, shown_chance: the shares that would hold by chance, see `by_chance`; None for whole prompts.
     """
 
     right: float
@@ -158,37 +160,96 @@ class Score:
     cases: int
     shown: float | None
     shown_cases: int
+    chance: float | None = None
+    shown_chance: float | None = None
+
+
+def by_chance(claim: Claim, reading: Reading, said: Mapping[str, Counter[tuple[str, ...]]]) -> float:
+    """How likely the claim would hold if what it says were drawn from all claims of its kind, as it is for pictures that do not heed it.
+
+    An object, a style or a background is that of some claim; a colour, a count or a side is some claim's, of the same objects as before.
+    said: how often each is said, as `things_said` counts it.
+    """
+    true: set[tuple[str, ...]]
+    match claim.category:
+        case "object":
+            true = {(found.name,) for found in reading.objects}
+        case "style":
+            true = {(reading.style,)} if reading.style else set()
+        case "background":
+            true = {reading.background}
+        case "colour" | "count":
+            true = {word for word in said[claim.category] if holds(Claim(claim.category, claim.words[:1] + word), reading)}
+        case _:
+            true = {(side,) for side in RELATIONS if holds(Claim(side, claim.words), reading)}
+    counted = said[_kind(claim.category)]
+    return sum(counted[thing] for thing in true) / counted.total()
+
+
+def things_said(claims: Iterable[Sequence[Claim]]) -> dict[str, Counter[tuple[str, ...]]]:
+    """By kind of claim, how often each thing is said of objects or pictures; the four relations are one kind, "side"."""
+    said: dict[str, Counter[tuple[str, ...]]] = {_kind(category): Counter() for category in CATEGORIES}
+    for claim in (claim for some in claims for claim in some):
+        thing = (claim.category,) if claim.category in RELATIONS else claim.words
+        said[_kind(claim.category)][thing[1:] if claim.category in ("colour", "count") else thing] += 1
+    return said
+
+
+def _kind(category: str) -> str:
+    return "side" if category in RELATIONS else category
 
 
 def scores(claims: Sequence[Sequence[Claim]], readings: Sequence[Reading]) -> dict[str, Score]:
     """The score of each category that occurs, and of whole prompts. claims: of each picture."""
     pictures = list(zip(claims, readings, strict=True))
-    made = {category: _score(pictures, category) for category in CATEGORIES}
+    said = things_said(claims)
+    made = {category: _score(pictures, category, said) for category in CATEGORIES}
     whole = [all(holds(claim, reading) for claim in some) for some, reading in pictures]
     right = sum(whole) / max(len(whole), 1)
-    made[WHOLE] = Score(right, sqrt(right * (1 - right) / max(len(whole), 1)), len(whole), None, 0)
+    made[WHOLE] = Score(right, _error([(held, 1) for held in whole]), len(whole), None, 0)
     return {category: score for category, score in made.items() if score.cases}
 
 
-def _score(pictures: Sequence[tuple[Sequence[Claim], Reading]], category: str) -> Score:
-    """The ratio of two sums over pictures, whose variance is that of the residuals (Cochran 1977, 6.4)."""
+def _score(pictures: Sequence[tuple[Sequence[Claim], Reading]], category: str, said: Mapping[str, Counter[tuple[str, ...]]]) -> Score:
     counted: list[tuple[int, int]] = []  # of each picture: claims that hold, claims
     shown: list[bool] = []
+    chances: list[float] = []
+    shown_chances: list[float] = []
     for claims, reading in pictures:
-        verdicts = [(holds(claim, reading), claim) for claim in claims if claim.category == category]
-        counted.append((sum(right for right, _ in verdicts), len(verdicts)))
-        shown += [right for right, claim in verdicts if claim.names and all(reading.called(name) for name in claim.names)]
+        verdicts = [(holds(claim, reading), by_chance(claim, reading, said), claim) for claim in claims if claim.category == category]
+        counted.append((sum(right for right, _, _ in verdicts), len(verdicts)))
+        chances += [chance for _, chance, _ in verdicts]
+        there = [(right, chance) for right, chance, claim in verdicts if claim.names and all(map(reading.called, claim.names))]
+        shown += [right for right, _ in there]
+        shown_chances += [chance for _, chance in there]
     cases = sum(count for _, count in counted)
     right = sum(count for count, _ in counted) / max(cases, 1)
-    error = sqrt(sum((held - right * count) ** 2 for held, count in counted)) / max(cases, 1)
-    return Score(right, error, cases, sum(shown) / len(shown) if shown else None, len(shown))
+    return Score(right, _error(counted), cases, _mean(shown), len(shown), _mean(chances), _mean(shown_chances))
+
+
+def _error(counted: Sequence[tuple[int, int]]) -> float:
+    """The standard error of the share of claims that hold, from how many hold and how many there are in each picture.
+
+    The share is a ratio of two sums over pictures, whose variance is that of the residuals (Cochran 1977, 6.4). Where all hold, or none,
+    these are zero whatever the share is: then it is the standard deviation that Laplace's rule of succession leaves.
+    """
+    held, cases = (sum(column) for column in zip(*counted, strict=True)) if counted else (0, 0)
+    if held in (0, cases):
+        pictures = sum(count > 0 for _, count in counted)
+        return sqrt((pictures + 1) / (pictures + 3)) / (pictures + 2)
+    return sqrt(sum((right - held / cases * count) ** 2 for right, count in counted)) / cases
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def measure(words: JudgeConfig, scenes: Sequence[Mapping[str, Any]], readings: Sequence[Reading], seed: int = 0) -> dict[str, Any]:
     """A judge's own accuracy on real scenes.
 
     single: of scenes with one object, how often the most certain object has its name, and has it among the five likeliest.
-    confirmed, rejected: by category, the share of what holds that it confirms, and of what does not hold that it rejects.
+    confirmed, rejected: by category, the share of what holds that it confirms, and of what does not hold that it rejects. chance: the
+    share that it would confirm if the claims were those of any scenes.
     """
     claims = [scene_claims(scene) for scene in scenes]
     rng = random.Random(seed)
@@ -201,7 +262,12 @@ def measure(words: JudgeConfig, scenes: Sequence[Mapping[str, Any]], readings: S
         "scenes": len(scenes),
         "single": {"cases": len(alone), **single},
         "categories": {
-            category: {"confirmed": true[category].right, "rejected": 1 - false[category].right, "cases": true[category].cases}
+            category: {
+                "confirmed": true[category].right,
+                "rejected": 1 - false[category].right,
+                "chance": true[category].chance,
+                "cases": true[category].cases,
+            }
             for category in CATEGORIES
             if category in true
         },

@@ -31,9 +31,13 @@ class FeatureGatherer:
     def add(self, prepared: Tensor, names: Sequence[str]) -> None:
         """prepared: what the extractor's `prepare` gave for some images. names: theirs, for messages.
 
-        Raises ValueError for features that hold NaN or infinity; up to some batches later.
+        Raises ValueError for features that hold NaN or infinity, up to some batches later, and for other features than one an image.
         """
-        self._waiting.append(self.extractor.encode(prepared))
+        features = self.extractor.encode(prepared)
+        if features.shape != (len(names), self.extractor.dimension):
+            wanted = f"{self.extractor.dimension} features of each of {len(names)} images"
+            raise ValueError(f"features of shape {tuple(features.shape)} where {wanted} were expected, from {names[0]} on")
+        self._waiting.append(features)
         self._names.extend(names)
         if len(self._names) >= _TOGETHER:
             self.finish()

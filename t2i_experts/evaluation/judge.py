@@ -172,12 +172,24 @@ class Reading:
 
 @dataclass(frozen=True)
 class Judge:
-    """A trained network with its words. accuracy: what `scripts/train_judge.py` measured on real scenes. fingerprint: of its two files."""
+    """A trained network with its words. accuracy: what `scripts/train_judge.py` measured on real scenes. fingerprint: of its two files.
+
+    scenes: the dataset hashes of the shards that it was trained on.
+    """
 
     config: JudgeConfig
     network: JudgeNetwork
     accuracy: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
+    scenes: frozenset[str] = frozenset()
+
+    def check_independent(self, provenance: Mapping[str, Any]) -> None:
+        """Raises ValueError if a model's provenance names shards of this judge's own training, which the model may repeat."""
+        if provenance.get("dataset_hash") in self.scenes:
+            raise ValueError(
+                f"judge: it was trained on the very scenes that the model was trained on (dataset hash {provenance['dataset_hash']}); "
+                "train it on scenes of another seed, as scripts/judge.sh does"
+            )
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> list[Reading]:
@@ -243,7 +255,7 @@ def overlap(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def save_judge(judge: Judge, folder: Path, dtype: torch.dtype = torch.bfloat16, training: Mapping[str, Any] | None = None) -> None:
-    """Writes the judge's folder; weights in `dtype`. training: how it was trained, for the reader of judge.json."""
+    """Writes the judge's folder; weights in `dtype`. training: how it was trained, of which `shards` holds hashes by folder."""
     folder.mkdir(parents=True, exist_ok=True)
     state = judge.network.state_dict()
     save_file(
@@ -279,4 +291,5 @@ def load_judge(name: str, device: torch.device | str = "cpu") -> Judge:
     except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"judge={name!r}: {folder} is not whole: {error}") from error
     fingerprint = sha256((folder / CONFIG).read_bytes() + (folder / WEIGHTS).read_bytes()).hexdigest()[:16]
-    return Judge(config, freeze(network, device, torch.float32), facts.get("accuracy", {}), fingerprint)
+    scenes = frozenset(facts.get("training", {}).get("shards", {}).values())
+    return Judge(config, freeze(network, device, torch.float32), facts.get("accuracy", {}), fingerprint, scenes)

@@ -81,18 +81,22 @@ def draw_and_judge(
 def table(judged: Judged, judge: Judge) -> str:
     """The scores in per cent with their standard errors, and the judge's own accuracy on real scenes, as text.
 
-    where shown: among the cases whose objects the judge finds. unseen: of prompts for combinations that the training scenes never show.
+    by chance: what would hold if the prompts' words were drawn from other prompts. where shown: among the cases whose objects the judge
+    finds, and what would hold of these by chance. unseen: of prompts for combinations that the training scenes never show.
     """
     own = judge.accuracy.get("all", {}).get("categories", {})
     unseen = judged.scores("held-out")
-    rows: list[tuple[str, ...]] = [("", "right", "cases", "where shown", "unseen", "judge confirms", "judge rejects")]
+    rows: list[tuple[str, ...]] = [
+        ("", "right", "by chance", "cases", "where shown", "by chance", "unseen", "judge confirms", "judge rejects")
+    ]
     for category, score in judged.scores().items():
         rows.append(
             (
                 category,
                 _share(score),
+                _percent(score["chance"]),
                 str(score["cases"]),
-                "" if score["shown"] is None or category == "object" else f"{100 * score['shown']:.1f}",
+                *(("", "") if category == "object" else (_percent(score["shown"]), _percent(score["shown_chance"]))),
                 _share(unseen[category]) if category in unseen else "",
                 *(f"{100 * own[category][key]:.1f}" if category in own else "" for key in ("confirmed", "rejected")),
             )
@@ -102,6 +106,10 @@ def table(judged: Judged, judge: Judge) -> str:
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
 
 
 def _share(score: dict[str, Any]) -> str:

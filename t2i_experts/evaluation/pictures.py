@@ -21,6 +21,7 @@ from t2i_experts.shards.reader import ShardReader
 
 LOOKED_FOR = f"looked for tars, and for {', '.join(SOURCE_EXTENSIONS)}"
 _LISTED = 10
+_OTHER_FORMATS = ("avif", "heic", "heif", "jfif", "jp2", "jxl", "pbm", "pgm", "ppm", "psd", "svg", "tga")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,10 @@ def open_pictures(path: Path, what: str) -> PictureSet:
     """Those under a folder, or those of its shards if it holds tars. Raises ValueError, beginning with `what`, for fewer than two."""
     if not path.is_dir():
         raise ValueError(f"{what}={str(path)!r} is {'neither a folder nor an .npz file' if path.exists() else 'not there'}")
+    if any(path.glob("[!.]*.tar")) and (beside := next(walk(path, SOURCE_EXTENSIONS), None)) is not None:
+        raise ValueError(f"{what}={str(path)!r} holds tars and, beside them, pictures such as {beside.name}: which are meant?")
     pictures = find_pictures(path)
+    _refuse_captions_alone(path, pictures.names)
     if pictures.count < 2:
         kinds = f"; {LOOKED_FOR}" if not pictures.count else ""
         raise ValueError(f"{what}={str(path)!r} holds {pictures.count} pictures, and a distance needs at least 2{kinds}")
@@ -99,6 +103,11 @@ def find_pictures(path: Path) -> PictureSet:
 
 def _of_folder(path: Path) -> PictureSet:
     names = [file.relative_to(path).as_posix() for file in walk(path, SOURCE_EXTENSIONS)]
+    others = [file.relative_to(path).as_posix() for file in walk(path, _OTHER_FORMATS)] if names else []
+    if others:
+        raise ValueError(
+            f"{len(others):,} pictures under {path} are in formats that are not read: {_named(others)}; convert them, or take them away"
+        )
 
     def load(index: int) -> Stored:
         try:
@@ -142,16 +151,35 @@ def _of_shards(path: Path) -> PictureSet:
     return PictureSet(path, "shards", reader.samples, load, reader.dataset_hash)
 
 
+def _refuse_captions_alone(path: Path, names: Sequence[str]) -> None:
+    """Raises ValueError for a .txt without a picture of its name, in a folder where such files are captions: where another one has one."""
+    pictures = {(path / name).with_suffix("") for name in names}
+    captions = list(walk(path, ("txt",))) if names else []
+    lone = [file.relative_to(path).as_posix() for file in captions if file.with_suffix("") not in pictures]
+    if lone and len(lone) < len(captions):
+        raise ValueError(
+            f"{len(lone):,} of the {len(captions):,} captions under {path} have no picture: {_named(lone)}; "
+            "bring the pictures, or take these away"
+        )
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else "")
+
+
 def walk(folder: Path, extensions: Sequence[str]) -> Iterator[Path]:
     """Files under a folder, sorted within each folder, before those of its subfolders; hidden ones are passed over.
 
-    Raises ValueError for a folder that is closed.
+    Raises ValueError for a folder that is closed, and for a link to one, whose pictures might be left out or come twice.
     """
 
     def fail(error: OSError) -> NoReturn:
         raise ValueError(f"cannot read {error.filename}: {error.strerror}")
 
     for parent, folders, files in os.walk(folder, onerror=fail):
+        for link in (Path(parent, name) for name in folders):
+            if link.is_symlink() and not link.name.startswith("."):
+                raise ValueError(f"{link} is a link to a folder, which is not followed: bring its pictures, or take it away")
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith(".") and name.lower().rpartition(".")[2] in extensions:

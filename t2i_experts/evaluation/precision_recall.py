@@ -33,7 +33,8 @@ def precision_recall(generated: Tensor, reference: Tensor, *, neighbours: int = 
         raise ValueError(
             f"{len(generated)} and {len(reference)} images: with {neighbours} neighbours, at least {neighbours + 1} are needed"
         )
-    generated, reference = generated.float(), reference.float()
+    middle = reference.double().mean(0)  # distances are made of squares, which lose their digits far from zero
+    generated, reference = ((features.double() - middle).float() for features in (generated, reference))
     precision = _share_inside(generated, reference, _radii(reference, neighbours))
     recall = _share_inside(reference, generated, _radii(generated, neighbours))
     return PrecisionRecall(precision, recall, neighbours)

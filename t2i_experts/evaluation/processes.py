@@ -59,7 +59,7 @@ class Processes:
         return open_device(f"cuda:{self.local_rank}", f"--device=cuda:{self.local_rank}, of process {self.local_rank} on its host,")
 
     def together(self, step: Callable[[], Result]) -> Result:
-        """Takes a step in every process; returns this one's result when all have succeeded.
+        """Takes a step, which exchanges nothing, in every process; returns this one's result when all have succeeded.
 
         Raises, in every process, what was raised in one of them: its own error where it has one; else ValueError for wrong input, or
         FailedProcess.
@@ -93,7 +93,7 @@ class Processes:
         if self.count == 1:
             return [value]
         found: list[Any] | None = [None] * self.count if self.main else None
-        _connected(lambda: dist.gather_object(value, found))
+        connected(lambda: dist.gather_object(value, found))
         return found or []
 
     def everyones(self, value: Result) -> list[Result]:
@@ -101,7 +101,7 @@ class Processes:
         if self.count == 1:
             return [value]
         found: list[Any] = [None] * self.count
-        _connected(lambda: dist.all_gather_object(found, value))
+        connected(lambda: dist.all_gather_object(found, value))
         return found
 
 
@@ -122,9 +122,9 @@ def open_processes() -> Iterator[Processes]:
     dist.destroy_process_group()  # not after an error, when others may not answer: the process ends then
 
 
-def _connected(exchange: Callable[[], None]) -> None:
-    """Raises FailedProcess if another process has ended meanwhile."""
+def connected(exchange: Callable[[], Result]) -> Result:
+    """What an exchange with the other processes gives. Raises FailedProcess if one of them has ended meanwhile."""
     try:
-        exchange()
+        return exchange()
     except RuntimeError as error:
         raise FailedProcess("another process of this evaluation has ended; its message says why") from error

@@ -21,10 +21,10 @@ from t2i_experts.evaluation.gathering import FeatureGatherer
 from t2i_experts.evaluation.kid import kernel_distance
 from t2i_experts.evaluation.pictures import Picture, PictureSet, Unreadable, open_pictures, refuse_unreadable, set_hash
 from t2i_experts.evaluation.precision_recall import precision_recall
-from t2i_experts.evaluation.processes import ALONE, Processes
+from t2i_experts.evaluation.processes import ALONE, Processes, connected
 from t2i_experts.evaluation.statistics import Gaussian, load_statistics
 
-PICTURES = "upright by EXIF, transparency on white, colour profiles not applied"
+PICTURES = "upright by EXIF, transparency on white, first frame of animations, colour profiles not applied"
 _MAKING = ("features", "dimension", "protocol", "resize", "size", "model", "sha256")
 """The parts of an extractor's record that two sets must share."""
 
@@ -154,7 +154,9 @@ def measure_pictures(
                     sides.append(min(pixels.shape[1:]))
                 case Unreadable():
                     unreadable.append(picture)
-            if len(waiting) == pace.batch:
+            if unreadable:  # there will be no number: the rest is read to list what else is broken
+                waiting.clear()
+            elif len(waiting) == pace.batch:
                 flush()
             progress(done, len(share))
         if not unreadable:
@@ -207,7 +209,7 @@ def _measured(
 ) -> MeasuredSet:
     """What all processes have gathered. sides: the shorter ones of this process's images. by_turns: whether image i was process i's,
     modulo their number, so that the features can be put into the order of the images."""
-    statistics = processes.together(gathered.statistics.over_processes)
+    statistics = gathered.statistics if processes.count == 1 else connected(gathered.statistics.over_processes)
     parts = gathered.kept(processes)
     features = None
     if parts:

@@ -94,21 +94,36 @@ class Drawing:
             yield from (centre_square(image, resolution) for image in images)
 
 
+def to_make(parts: Parts, saved: Path | None, processes: Processes) -> list[range]:
+    """This process's share of the parts that are missing, or whose pictures are to be saved and are not there.
+
+    They are listed before any process makes one.
+    """
+
+    def to_do() -> list[range]:
+        missing = parts.missing()
+        if saved is None:
+            return missing
+        return [indices for indices in parts.ranges if indices in missing or not all(_file(saved, i).is_file() for i in indices)]
+
+    listed = processes.together(to_do)
+    return [listed[i] for i in processes.share(len(listed))]
+
+
 def draw_parts(
     parts: Parts,
+    mine: Sequence[range],
     drawing: Drawing,
     networks: Networks,
-    processes: Processes,
     saved: Path | None,
     progress: Progress = lambda done, total: None,
 ) -> None:
-    """Makes this process's share of the missing parts: draws their pictures and shows them to the networks.
+    """Makes some of the parts: draws their pictures and shows them to the networks.
 
-    saved: a folder for the pictures as the networks see them; parts whose pictures are not there are drawn again.
+    saved: a folder for the pictures as the networks see them.
     Raises ValueError for a picture or features that are not finite.
     """
     texts = drawing.prompts.texts
-    mine = _share(parts, saved, processes)
     total, done = sum(map(len, mine)), 0
     progress(0, total)
     for indices in mine:
@@ -128,15 +143,14 @@ def draw_parts(
 
 def reference_parts(
     parts: Parts,
+    mine: Sequence[range],
     folder: Path,
     names: Sequence[str],
     networks: Networks,
-    processes: Processes,
     saved: Path | None,
     progress: Progress = lambda done, total: None,
 ) -> None:
     """The same for pictures of a folder. Raises ValueError, with their names, if some cannot be read."""
-    mine = _share(parts, saved, processes)
     total, done = sum(map(len, mine)), 0
     progress(0, total)
     unreadable: list[str] = []
@@ -177,19 +191,6 @@ def read_squares(folder: Path, names: Sequence[str], networks: Networks) -> Iter
 
     with ThreadPoolExecutor(networks.pace.workers) as pool:
         yield from in_order(pool, networks.pace.workers, read, names)
-
-
-def _share(parts: Parts, saved: Path | None, processes: Processes) -> list[range]:
-    """This process's share of the parts that are to be made, which are listed before any process makes one."""
-
-    def to_do() -> list[range]:
-        missing = parts.missing()
-        if saved is None:
-            return missing
-        return [indices for indices in parts.ranges if indices in missing or not all(_file(saved, i).is_file() for i in indices)]
-
-    listed = processes.together(to_do)
-    return [listed[i] for i in processes.share(len(listed))]
 
 
 def _file(folder: Path, index: int) -> Path:

@@ -100,15 +100,16 @@ class FeatureStatistics:
         """The statistics of the images of all processes, the same in each; of this one where torch.distributed has not been started."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self
-        whole = FeatureStatistics(self.dimension, self.mean.device)
-        counted = torch.cat([self.mean.new_tensor([self.count]), self.count * self.mean])
+        whole = FeatureStatistics(self.dimension, "cpu" if torch.distributed.get_backend() == "gloo" else self.mean.device)
+        own = self.mean.to(whole.mean.device)
+        counted = torch.cat([own.new_tensor([self.count]), self.count * own])
         torch.distributed.all_reduce(counted)
         whole.count = round(float(counted[0]))
         whole.mean = counted[1:] / max(whole.count, 1)
-        deviation = self.mean - whole.mean
-        whole._scatter = self._scatter.addr(deviation, deviation, alpha=self.count)
+        deviation = own - whole.mean
+        whole._scatter = self._scatter.to(own.device).addr(deviation, deviation, alpha=self.count)
         torch.distributed.all_reduce(whole._scatter)
-        whole._rows = self._everyones_rows() if whole.count <= self.dimension else None
+        whole._rows = [rows.to(own.device) for rows in self._everyones_rows()] if whole.count <= self.dimension else None
         return whole
 
     def gaussian(self) -> Gaussian:
@@ -121,11 +122,11 @@ class FeatureStatistics:
         return Gaussian(self.mean.cpu(), (self._scatter / (self.count - 1)).cpu(), self.count, factor)
 
     def _everyones_rows(self) -> list[Tensor]:
-        """The features of all processes, by rank, where there are few."""
+        """The features of all processes, by rank, where there are few; on the CPU."""
         assert self._rows is not None
         found: list[list[Tensor]] = [[] for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather_object(found, [rows.cpu() for rows in self._rows])
-        return [rows.to(self.mean.device) for some in found for rows in some]
+        return [rows for some in found for rows in some]
 
     def _join(self, count: int, mean: Tensor) -> None:
         """Takes in the mean of some more images, whose scatter about that mean has been added already."""

@@ -9,6 +9,7 @@ import hashlib
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 _PICKLED = (".pth", ".pt", ".bin")
+_UNUSED = "num_batches_tracked"
 _SUFFIXES = (*_PICKLED, ".safetensors", ".npz")
 
 
@@ -34,9 +36,13 @@ class Weights:
     sha256: str
 
     def into(self, network: nn.Module, what: str) -> None:
-        """Fills the network. Raises ValueError in one line if these are the weights of another one; what: the right one's name."""
+        """Fills the network. Raises ValueError in one line if these are the weights of another one; what: the right one's name.
+
+        How many batches a norm has seen, which files from before PyTorch 0.4.1 do not say, changes no feature and may be missing.
+        """
         wanted = network.state_dict()
         missing, extra = wanted.keys() - self.tensors.keys(), self.tensors.keys() - wanted.keys()
+        missing = {name for name in missing if not name.endswith(_UNUSED)}
         odd = [name for name in wanted.keys() & self.tensors.keys() if wanted[name].shape != self.tensors[name].shape]
         if missing or extra or odd:
             found = [f"{len(names)} {how} ({min(names)})" for how, names in (("missing", missing), ("unknown", extra)) if names]
@@ -44,7 +50,7 @@ class Weights:
                 name = min(odd)
                 found.append(f"{len(odd)} of another shape ({name}: {tuple(self.tensors[name].shape)}, not {tuple(wanted[name].shape)})")
             raise ValueError(f"weights {self.source!r} are not those of {what}: of its {len(wanted)} tensors, {', '.join(found)}")
-        network.load_state_dict(self.tensors)
+        network.load_state_dict(self.tensors, strict=False)
 
 
 def load_weights(source: str) -> Weights:
@@ -59,9 +65,11 @@ def load_weights(source: str) -> Weights:
         tensors = _read(path)
         with open(path, "rb") as file:
             return Weights(tensors, source, hashlib.file_digest(file, "sha256").hexdigest())
+    except EOFError:
+        reason = "it ends too early" if path.stat().st_size else "it is empty"
     except pickle.UnpicklingError:
         reason = "it is no file of tensors alone; what else a pickle holds would run as a program, and is never read"
-    except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
         reason = " ".join(str(error).split())
     raise ValueError(f"weights {source!r} cannot be read: {reason}")
 
@@ -74,10 +82,22 @@ def _read(path: Path) -> dict[str, Tensor]:
         case ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    found = torch.load(path, map_location="cpu", weights_only=True)
+    if _is_script(path):
+        raise ValueError("it is a TorchScript program, which would run; give a file of its tensors alone")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the pickle's protocol
+        found = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(found, dict) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()):
         raise ValueError("it is no state dict, which has names and tensors and nothing else")
     return dict(found)
+
+
+def _is_script(path: Path) -> bool:
+    """Whether a file is what torch.jit.save writes."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _local(source: str) -> Path:

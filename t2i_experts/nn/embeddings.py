@@ -59,13 +59,11 @@ class ContextEmbedding(nn.Module):
         if set(embeddings) != set(self.tokens):
             raise ValueError(f"conditioning has encoders {sorted(embeddings)}; this network was trained with {sorted(self.tokens)}")
         dtype = next(self.parameters()).dtype
-        context = torch.cat(
-            [projection(rms_norm(embeddings[name].tokens.to(dtype), -1)) for name, projection in self.tokens.items()], dim=1
-        )
+        context = torch.cat([projection(rms_norm(embeddings[name].tokens.to(dtype))) for name, projection in self.tokens.items()], dim=1)
         mask = torch.cat([embeddings[name].mask for name in self.tokens], dim=1)
         vector = context.new_zeros(context.shape[0], self.embedding_channels)
         for name, projection in self.pooled.items():
             pooled = embeddings[name].pooled
             assert pooled is not None, f"encoder {name} gave no pooled vector"
-            vector = vector + projection(rms_norm(pooled.to(dtype), -1))
+            vector = vector + projection(rms_norm(pooled.to(dtype)))
         return context, mask, vector

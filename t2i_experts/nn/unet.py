@@ -11,6 +11,7 @@ rounding of the input would add 18 % to its variance. (TF32, which cuDNN takes f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from t2i_experts.config import ResolutionSpec
-from t2i_experts.nn.attention import CrossAttention, SelfAttention
+from t2i_experts.nn.attention import CrossAttention, SelfAttention, fastest_kernels
 from t2i_experts.nn.embeddings import ContextEmbedding, NoiseEmbedding
-from t2i_experts.nn.layers import Resample, ResidualBlock, rms_norm, zeroed
+from t2i_experts.nn.layers import Convolution, Resample, ResidualBlock, concatenate, rms_norm, zeroed
 from t2i_experts.types import Embedding
 
 
@@ -44,21 +45,22 @@ class UNetBlock(nn.Module):
         self.self_attention = self_attention
         self.cross_attention = cross_attention
 
-    def forward(self, x: Tensor, embedding: Tensor, key_value: Tensor | None, context_mask: Tensor, skip: Tensor | None = None) -> Tensor:
-        """skip: (B, C', H, W), concatenated to x, which together have the residual block's input channels."""
-        inputs = (x, embedding, key_value, context_mask, skip)
+    def forward(self, x: Tensor, scale_shift: Tensor, key_value: Tensor | None, skip: Tensor | None = None) -> Tensor:
+        """x: (B, H, W, C). scale_shift: see `ResidualBlock`. key_value: see `CrossAttention`. skip: (B, H, W, C'), concatenated to x, which
+        together have the residual block's input channels."""
+        inputs = (x, scale_shift, key_value, skip)
         if self.checkpointed and torch.is_grad_enabled():
             random = self.training and self.residual.dropout > 0
             return checkpoint(self._compute, *inputs, use_reentrant=False, preserve_rng_state=random)
         return self._compute(*inputs)
 
-    def _compute(self, x: Tensor, embedding: Tensor, key_value: Tensor | None, context_mask: Tensor, skip: Tensor | None) -> Tensor:
-        x = self.residual(x if skip is None else torch.cat([x, skip], dim=1), embedding)
+    def _compute(self, x: Tensor, scale_shift: Tensor, key_value: Tensor | None, skip: Tensor | None) -> Tensor:
+        x = self.residual(x if skip is None else concatenate(x, skip), scale_shift)
         if self.self_attention is not None:
             x = self.self_attention(x)
         if self.cross_attention is not None:
             assert key_value is not None
-            x = self.cross_attention(x, key_value, context_mask)
+            x = self.cross_attention(x, key_value)
         return x
 
 
@@ -94,14 +96,14 @@ class UNet(nn.Module):
             spec = resolutions[level]
             channels = spec.channels
             return UNetBlock(
-                ResidualBlock(in_channels, channels, embedding_channels, mode=mode, dropout=dropout),
+                ResidualBlock(in_channels, channels, mode=mode, dropout=dropout),
                 SelfAttention(channels, head_channels) if attend and spec.self_attention else None,
                 CrossAttention(channels, context_channels, head_channels) if attend and spec.cross_attention else None,
                 checkpointed=level < checkpointed_resolutions,
             )
 
         channels = resolutions[0].channels
-        self.conv_in = nn.Conv2d(in_channels * patch_size**2, channels, 3, padding=1)
+        self.conv_in = Convolution(in_channels * patch_size**2, channels, 3, bias=True)
         skips = [channels]
         self.down = nn.ModuleList()
         for level, spec in enumerate(resolutions):
@@ -127,19 +129,27 @@ class UNet(nn.Module):
                 self.skips_of_up.append(True)
                 channels = spec.channels
         assert not skips
-        self.norm_gain = nn.Parameter(torch.ones(channels))
-        self.conv_out = zeroed(nn.Conv2d(channels, out_channels * patch_size**2, 3, padding=1))
+        self.conv_out = zeroed(Convolution(channels, out_channels * patch_size**2, 3, bias=True))
+        self.scale_shift = zeroed(nn.Linear(embedding_channels, sum(self._scales_and_shifts())))  # of all blocks at once
 
     def _blocks(self) -> list[UNetBlock]:
         return [block for part in (self.down, self.middle, self.up) for block in part if isinstance(block, UNetBlock)]
 
+    def _scales_and_shifts(self) -> list[int]:
+        """How many scales and shifts each block takes."""
+        return [2 * block.residual.out_channels for block in self._blocks()]
+
+    def kernels(self, device: torch.device) -> AbstractContextManager[None]:
+        """See `Network`."""
+        return fastest_kernels(device)
+
     def project(self, embeddings: Mapping[str, Embedding]) -> dict[str, Tensor]:
         """All that depends on the prompt and not on sigma: what `forward` takes as `projected`, batch first."""
         context, mask, vector = self.context_embedding(embeddings)
-        projected = {"vector": vector, "context_mask": mask}
+        projected = {"vector": vector}
         for i, block in enumerate(self._blocks()):
             if block.cross_attention is not None:
-                projected[f"key_value.{i}"] = block.cross_attention.project(context)
+                projected[f"key_value.{i}"] = block.cross_attention.project(context, mask)
         return projected
 
     def forward(self, x: Tensor, c_noise: Tensor, projected: Mapping[str, Tensor]) -> Tensor:
@@ -149,25 +159,24 @@ class UNet(nn.Module):
         patch_size * 2^(resolutions - 1).
         """
         noise = self.noise_embedding(c_noise)
-        embedding = F.silu(noise + projected["vector"])
-        mask = projected["context_mask"]
+        scale_shift = iter(self.scale_shift(F.silu(noise + projected["vector"])).split(self._scales_and_shifts(), dim=1))
         key_values = iter(projected.get(f"key_value.{i}") for i in range(len(self._blocks())))
         x = self._first_convolution(x).to(noise.dtype)  # the dtype that a linear layer computes in here
         skips = [x]
         for block in self.down:
-            x = block(x, embedding, next(key_values), mask)
+            x = block(x, next(scale_shift), next(key_values))
             skips.append(x)
         for block in self.middle:
-            x = block(x, embedding, next(key_values), mask)
+            x = block(x, next(scale_shift), next(key_values))
         for block, takes_skip in zip(self.up, self.skips_of_up, strict=True):
-            x = block(x, embedding, next(key_values), mask, skips.pop() if takes_skip else None)
-        x = self.conv_out(F.silu(rms_norm(x, 1) * self.norm_gain.to(x.dtype)[:, None, None]))
+            x = block(x, next(scale_shift), next(key_values), skips.pop() if takes_skip else None)
+        x = self.conv_out(F.silu(rms_norm(x))).permute(0, 3, 1, 2)
         return F.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x
 
     def _first_convolution(self, x: Tensor) -> Tensor:
-        """(B, C_in, H, W) -> (B, C, H/p, W/p), float32 even inside autocast and with weights of another dtype."""
+        """(B, C_in, H, W) -> (B, H/p, W/p, C), float32 even inside autocast and with weights of another dtype."""
         with torch.autocast(x.device.type, enabled=False):
             x = F.pixel_unshuffle(x.float(), self.patch_size) if self.patch_size > 1 else x.float()
             bias = self.conv_in.bias
             assert bias is not None
-            return F.conv2d(x, self.conv_in.weight.float(), bias.float(), padding=1)
+            return F.conv2d(x, self.conv_in.weight.float(), bias.float(), padding=1).permute(0, 2, 3, 1)

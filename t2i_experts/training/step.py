@@ -13,9 +13,10 @@ from t2i_experts.types import Denoiser
 
 
 def avoid_cudnn_attention() -> None:
-    """Keeps PyTorch from taking cuDNN's attention, in this process and from now on: call it before anything is trained or compiled.
+    """Keeps PyTorch from taking cuDNN's attention by itself, in this process and from now on: call it before anything is compiled.
 
-    With a mask, its gradients are NaN at some shapes (seen with torch 2.11 on an H200; pytorch/pytorch issue 196678).
+    With a mask, its gradients are NaN at some shapes (seen with torch 2.11 on an H200; pytorch/pytorch issue 196678). `nn.attention`,
+    which has no masks, asks for it nevertheless.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 

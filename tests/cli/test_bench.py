@@ -219,3 +219,12 @@ def test_a_missing_baseline_tells_how_to_install_it(cli: CLI, monkeypatch: pytes
     for arguments in (["train", *network], ["denoiser", *network], ["quality", str(write_config("run"))]):
         code, _, err = cli("bench", *arguments)
         assert code == 2 and "pip install 't2i-experts[bench]'" in err
+
+
+def test_fid(bench: Any) -> None:
+    rows = bench(
+        "fid", "--images", "6", "--side", "64", "--features", "squeezenet", "--batch-size", "4", "--repeats", "1", "--device", "cpu"
+    )
+    assert list(rows) == ["PNG files", "in memory", "network alone", "sums alone"]
+    assert rows["in memory"]["ratio"] == pytest.approx(rows["PNG files"]["seconds"] / rows["in memory"]["seconds"])
+    assert float(rows["sums alone"]["of the network's time"].rstrip("%")) > 0

@@ -24,7 +24,8 @@ CLIP = ("--features", "open_clip", "--device", "cpu")
 
 @pytest.fixture
 def sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip_folder: Path) -> Path:
-    """Folders `a`, of three sizes, and `b`, in which one picture lies deeper; and `clip`, a network of 12 features. The working folder."""
+    """Folders `a`, of three sizes, and `b`, in which one picture lies deeper; `captions`, in which a picture is missing; and `clip`, a
+    network of 12 features. The working folder."""
     random = np.random.default_rng(0)
     for name, most, count in (("a", 255, 34), ("b", 180, 20)):
         for i in range(count):
@@ -33,6 +34,9 @@ def sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip_folder: Path) -> 
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(random.integers(0, most, (height, width, 3)).astype(np.uint8)).save(path)
             path.with_suffix(".txt").write_text("a red square")
+    (tmp_path / "captions").mkdir()
+    for name in ("0.png", "0.txt", "1.png", "1.txt", "2.txt"):
+        shutil.copy(tmp_path / "a" / name, tmp_path / "captions")
     (tmp_path / "clip").symlink_to(clip_folder)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -109,9 +113,11 @@ def test_a_sets_hash_is_that_of_names_and_bytes(fid: Callable[..., Any], sets: P
     (sets / "b").rename("old")
     (sets / "c").rename("b")
     assert digest() == before
-    Path("b/1.png").rename("b/1a.png")
+    for end in ("png", "txt"):
+        Path(f"b/1.{end}").rename(f"b/1a.{end}")
     assert digest() != before
-    Path("b/1a.png").rename("b/1.png")
+    for end in ("png", "txt"):
+        Path(f"b/1a.{end}").rename(f"b/1.{end}")
     shutil.copy("b/2.png", "b/1.png")
     assert digest() != before
 
@@ -136,6 +142,7 @@ def test_pictures_that_cannot_be_read_are_listed_and_there_is_no_number(cli: CLI
         (["a", "--save-stats", "x.npz", "--kid"], ["--kid compares A with B"]),
         (["a", "b", "--save-stats", "x.pt"], ["--save-stats x.pt", ".npz"]),
         (["a", "b", "--save-stats", "nowhere/x.npz"], ["--save-stats nowhere/x.npz", "folder that exists"]),
+        (["a", "captions"], ["1 of the 3 captions under captions have no picture: 2.txt;"]),
         (["a", "b", "--batch", "0"], ["--batch=0", "at least 1"]),
         (["a", "b", "--workers", "0"], ["--workers=0", "at least 1"]),
         (["a", "b", "--seed", "-1"], ["--seed=-1"]),

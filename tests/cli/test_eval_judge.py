@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from PIL import Image
 
 from t2i_experts.cascade.picture import read_metadata
 from t2i_experts.evaluation.composition import load_prompts
-from t2i_experts.evaluation.judge import Judge, JudgeConfig, JudgeNetwork, save_judge
+from t2i_experts.evaluation.judge import Judge, JudgeConfig, JudgeNetwork, load_judge, save_judge
 
 CLI = Callable[..., tuple[int, str, str]]
 
@@ -90,3 +92,20 @@ def test_what_is_wrong_is_said(cli: CLI, judge: Path, model_folder: Path, tmp_pa
     options = [option.format(full=tmp_path / "full") for option in options]
     code, out, err = cli("eval", "judge", "--model", model_folder, "--judge", judge, *options)
     assert code == 2 and out == "" and said in err
+
+
+def test_a_judge_that_saw_the_models_scenes_or_does_not_know_itself_is_refused(
+    cli: CLI, judge: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    trained = load_judge(str(judge))
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps(index | {"provenance": {"dataset_hash": "abc"}}))
+    few = ["--model", model, "--num", 1, "--steps", 1, "--device", "cpu", "--json"]
+    for shards, code in (({"train": "xyz"}, 0), ({"train": "xyz", "more": "abc"}, 2)):
+        save_judge(trained, tmp_path / "other", training={"shards": shards})
+        found, _, err = cli("eval", "judge", "--judge", tmp_path / "other", *few)
+        assert found == code and ("the very scenes that the model was trained on (dataset hash abc)" in err) == (code == 2)
+    save_judge(replace(trained, accuracy={}), tmp_path / "other")
+    code, _, err = cli("eval", "judge", "--judge", tmp_path / "other", *few)
+    assert code == 2 and "does not say how accurate it is on real scenes" in err

@@ -64,7 +64,7 @@ def test_stdout_is_one_document(cli: CLI, tmp_path: Path, monkeypatch: pytest.Mo
     assert document("shards", "stats", "data")["samples"] == 3
     train = document("train", "run.yaml")
     assert train == {
-        "output": "run", "model": "run/model", "images_seen": 64, "images": 64, "finished": True, "stopped_by": None, "parameters": 56331,
+        "output": "run", "model": "run/model", "images_seen": 64, "images": 64, "finished": True, "stopped_by": None, "parameters": 55463,
     }  # fmt: skip
     assert document("train", "run.yaml", "--quiet") == train
     assert document("report", "run")["report"] == "run/report.md"

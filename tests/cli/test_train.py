@@ -29,7 +29,7 @@ def test_it_trains_goes_on_and_says_when_it_is_finished(
     code, out, err = train(*command, "training.images=32", "training.max_minutes=1e-9")
     assert (code, out) == (0, "")
     assert err.splitlines() == [
-        f"56,331 parameters on cpu, 40 samples, into {tmp_path / 'run'}",
+        f"55,463 parameters on cpu, 40 samples, into {tmp_path / 'run'}",
         f"stopped at 8 of 32 images; the same command goes on; model: {model}",
         f't2i-experts generate "..." --model {model}',
     ]

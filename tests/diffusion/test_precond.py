@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from t2i_experts.diffusion.loss import EDMLoss
 from t2i_experts.diffusion.precond import EDMPrecond
@@ -85,3 +88,52 @@ def test_loss_is_zero_for_a_perfect_denoiser_and_per_image() -> None:
     losses = EDMLoss()(lambda x, sigma, conditioning: off, y, torch.ones(4), torch.randn_like(y), NONE)
     assert losses[[0, 1, 3]].tolist() == [0, 0, 0]
     assert float(losses[2]) == pytest.approx(0.01 * 1.25 / 0.25, rel=1e-4)
+
+
+class Choosy(nn.Module):
+    """A network that is called in a context of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.devices: list[torch.device] = []
+        self.layer = nn.Conv2d(3, 3, 1)
+
+    def project(self, embeddings: object) -> dict[str, Tensor]:
+        return {"rows": torch.arange(4)}
+
+    @contextmanager
+    def kernels(self, device: torch.device) -> Iterator[None]:
+        self.devices.append(device)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+
+    def forward(self, x: Tensor, c_noise: Tensor, projected: dict[str, Tensor]) -> Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_networks_kernels_are_chosen_outside_of_what_is_compiled(compiled: bool) -> None:
+    network, graphs, chosen = Choosy(), list[torch.fx.GraphModule](), list[bool]()
+    network.layer.register_forward_hook(lambda *_: chosen.append(not torch.backends.cuda.flash_sdp_enabled()))
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+
+        def run(*inputs: Tensor) -> object:
+            chosen.append(not torch.backends.cuda.flash_sdp_enabled())
+            return graph(*inputs)
+
+        return run
+
+    denoiser = EDMPrecond(network)
+    if compiled:
+        network.layer._forward_hooks.clear()
+        denoiser.compile(backend=backend, fullgraph=True)
+    enabled = torch.backends.cuda.flash_sdp_enabled()
+    for _ in range(2):
+        denoiser(torch.randn(4, 3, 2, 2), torch.ones(4), NONE)
+    assert network.devices == [torch.device("cpu")] * 2
+    assert chosen == [True] * 2, "the context is entered"
+    assert torch.backends.cuda.flash_sdp_enabled() == enabled, "and left"
+    assert len(graphs) == compiled
+    assert not any("sdpa" in str(node.target) for graph in graphs for node in graph.graph.nodes)

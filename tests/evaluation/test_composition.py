@@ -112,6 +112,40 @@ def test_the_error_is_that_of_pictures() -> None:
     assert (colours.right, colours.shown, colours.shown_cases) == (0.3, 1.0, 3)
 
 
+def test_all_or_none_of_a_few_pictures_is_not_certain() -> None:
+    """The standard deviation of a share of which nothing was known, after ten of ten draws: that of the distribution Beta(11, 1)."""
+    readings = [seen(found("owl", 0.5, 0.5))] * 10
+    all_or_none = [scores([[claim("object", name)] * 2] * 10, readings) for name in ("owl", "cat")]
+    assert [one["object"].right for one in all_or_none] == [1, 0]
+    for one in all_or_none:
+        assert one["object"].standard_error == one[WHOLE].standard_error == pytest.approx(sqrt(11 / (12**2 * 13)))
+    assert scores([], []) == {}
+
+
+def test_chance_is_the_score_of_pictures_that_do_not_heed_their_prompts() -> None:
+    """Half of the prompts say one thing and half another: what always shows the same is right by chance, what heeds them is not."""
+    claims = [[claim("left", "owl", "cat"), claim("colour", "owl", "red"), claim("count", "cat", "2"), claim("object", "owl")]] * 5
+    claims += [[claim("right", "owl", "cat"), claim("colour", "owl", "blue"), claim("count", "cat", "3"), claim("object", "dog")]] * 5
+    styles = [[claim("style", "3D"), claim("background", "plain", "pink")]] * 5
+    styles += [[claim("style", "flat"), claim("background", "plain", "blue")]] * 5
+    claims = [first + second for first, second in zip(claims, styles, strict=True)]
+    cats = (found("cat", 0.6, 0.2), found("cat", 0.8, 0.8))
+    same = scores(claims, [seen(found("owl", 0.2, 0.5), *cats)] * 10)
+    heeding = [seen(found("owl", 0.2, 0.5), *cats)] * 5
+    heeding += [
+        Reading((found("owl", 0.8, 0.5, colour="blue"), *(found("cat", x, 0.2) for x in (0.1, 0.3, 0.5))), "flat", ("plain", "blue"))
+    ] * 5
+    heeded, blank = scores(claims, heeding), scores(claims, [seen(background=("plain", "white"))] * 10)
+    for category in ("colour", "count", "object", "style", "background"):
+        assert same[category].right == same[category].chance == 0.5
+        assert heeded[category].chance == 0.5 and blank[category].chance == blank[category].right == 0
+    assert heeded["colour"].right == heeded["count"].right == heeded["style"].right == 1
+    assert (same["left"].right, same["right"].right, same["left"].chance, same["right"].chance) == (1, 0, 0.5, 0.5)
+    assert same["colour"].shown_chance == 0.5 and blank["colour"].shown_chance is None and same[WHOLE].chance is None
+    half = scores(claims, [seen(found("owl", 0.2, 0.5))] * 5 + [seen()] * 5)["colour"]
+    assert (half.right, half.chance, half.shown, half.shown_chance) == (0.5, 0.25, 1, 0.5)
+
+
 def test_the_prompts_that_ship_are_sound() -> None:
     prompts = load_prompts(1000)
     assert len({prompt.text for prompt in prompts}) == 1000

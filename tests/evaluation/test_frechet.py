@@ -167,3 +167,12 @@ def test_precision_and_recall_are_torch_fidelitys() -> None:
             metric(generated, reference * torch.nan)
     with pytest.raises(ValueError, match="at least 4 are needed"):
         precision_recall(generated, reference[:3])
+
+
+def test_precision_and_recall_know_no_offset() -> None:
+    """Features far from zero, which float32 still tells apart: the squares of distances would not."""
+    generator = torch.Generator().manual_seed(0)
+    generated, reference = 0.7 * torch.randn(200, 64, generator=generator), torch.randn(200, 64, generator=generator)
+    expected = precision_recall(generated, reference)
+    assert precision_recall(generated + 1e4, reference + 1e4) == expected
+    assert precision_recall(reference, reference).precision == precision_recall(reference, reference).recall == 1

@@ -44,3 +44,41 @@ def test_a_hash_knows_no_order_and_reading_goes_on_after_what_is_broken(tmp_path
     assert len(set(digests)) == 29 and set_hash(digests) == set_hash(digests[::-1]) != set_hash(digests[1:])
     with pytest.raises(ValueError, match=r"B='.*' is not there"):
         open_pictures(tmp_path / "nowhere", "B")
+
+
+def test_captions_without_their_picture_are_listed(tmp_path: Path) -> None:
+    for i in range(20):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / f"{i:02}.v2.png")
+    (tmp_path / "README.txt").write_text("where they are from")
+    assert open_pictures(tmp_path, "A").count == 20
+    (tmp_path / "README.txt").unlink()
+    for i in range(20):
+        (tmp_path / f"{i:02}.v2.txt").write_text("a red square")
+    assert open_pictures(tmp_path, "A").count == 20
+    (tmp_path / "03.v2.png").unlink()
+    with pytest.raises(ValueError, match=r"1 of the 20 captions under .* have no picture: 03\.v2\.txt;"):
+        open_pictures(tmp_path, "A")
+    for i in range(4, 16):
+        (tmp_path / f"{i:02}.v2.png").unlink()
+    with pytest.raises(ValueError, match=r"13 of the 20 captions .*12\.v2\.txt and 3 more;"):
+        open_pictures(tmp_path, "A")
+
+
+def test_tars_beside_pictures_are_no_set(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").touch()
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
+    with pytest.raises(ValueError, match=r"holds tars and, beside them, pictures such as 0\.png"):
+        open_pictures(tmp_path, "A")
+
+
+def test_nothing_is_left_out_in_silence(tmp_path: Path) -> None:
+    for name in ("a/0.png", "a/deeper/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert open_pictures(tmp_path / "link", "A").count == 2
+    with pytest.raises(ValueError, match=r"link is a link to a folder, which is not followed"):
+        open_pictures(tmp_path, "A")
+    (tmp_path / "a/2.HEIC").touch()
+    with pytest.raises(ValueError, match=r"1 pictures under .* in formats that are not read: 2\.HEIC;"):
+        open_pictures(tmp_path / "a", "A")

@@ -235,3 +235,6 @@ def test_features_that_are_no_numbers_are_named(sets: Path, monkeypatch: pytest.
     with pytest.raises(ValueError, match=r"image 1 \(counted from 0\) of samples hold NaN"):
         extractor = load_features("open_clip", FeatureOptions(model="clip"), "cpu")
         measure_images(pictures(4), extractor, Pace(CPU), name="samples")
+    monkeypatch.setattr(OpenCLIPFeatures, "encode", lambda self, prepared: encode(self, prepared)[:-1])
+    with pytest.raises(ValueError, match=r"shape \(3, 12\) where 12 features of each of 4 images were expected, from image 0"):
+        measure_images(pictures(4), extractor, Pace(CPU), name="samples")

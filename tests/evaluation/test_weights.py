@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import pickle
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -60,3 +61,34 @@ def test_a_file_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(weights, "hf_hub_download", download)
     assert load_weights("owner/repository/folder/w.pth").source == "owner/repository/folder/w.pth"
     assert asked == [("owner/repository", "folder/w.pth")]
+
+
+def test_what_is_no_state_dict_says_what_it_is(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    (tmp_path / "empty.pth").write_bytes(b"")
+    torch.save({"a": torch.arange(3000)}, tmp_path / "whole.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:2000])
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(str(tmp_path / "script.pt"))
+    recwarn.clear()
+    with open(tmp_path / "pickle.pth", "wb") as file:
+        pickle.dump({"a": torch.arange(3)}, file, protocol=4)
+    for name, said in (
+        ("empty.pth", "it is empty"),
+        ("cut.pth", "cannot be read: ."),
+        ("script.pt", "it is a TorchScript program"),
+        ("pickle.pth", "no file of tensors alone"),
+    ):
+        with pytest.raises(ValueError, match=said) as caught:
+            load_weights(str(tmp_path / name))
+        assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+    assert not recwarn.list
+
+
+def test_counts_of_batches_may_be_missing() -> None:
+    """As in a file of an old PyTorch; nothing else may."""
+    network = torch.nn.BatchNorm2d(3)
+    tensors = {name: value.clone() for name, value in network.state_dict().items() if "num_batches" not in name}
+    tensors["weight"] += 1
+    weights.Weights(tensors, "old.pth", "").into(network, "a norm")
+    assert network.weight.tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match=r"of its 5 tensors, 1 missing \(running_var\)"):
+        weights.Weights({name: tensors[name] for name in tensors if name != "running_var"}, "old.pth", "").into(network, "a norm")

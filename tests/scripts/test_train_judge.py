@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from t2i_experts.evaluation.judge import SIZE, load_judge
+from t2i_experts.shards.reader import ShardReader
 from t2i_experts.shards.writer import ShardWriter
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -53,9 +54,9 @@ def drawn(one: dict[str, Any]) -> Image.Image:
     return image
 
 
-def scenes(count: int) -> list[dict[str, Any]]:
+def scenes(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """One large object, or two beside each other."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     made = []
     for i in range(count):
         first, second = rng.choice(list(DRAWN), 2, replace=False)
@@ -108,16 +109,21 @@ def test_rounding_frequencies_by_nothing_is_the_picture(script: ModuleType) -> N
 
 
 def test_a_few_scenes_are_learnt(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shards = write(tmp_path / "shards", scenes(48))
-    arguments = [str(shards), "--validation", str(shards), "--device", "cpu", "--workers", "1", "--batch-size", "16", "--warmup", "5"]
+    unseen = [one for one in scenes(60, seed=1) if one not in scenes(48)][:40]
+    shards, others = write(tmp_path / "shards", scenes(48)), write(tmp_path / "others", unseen)
+    arguments = [str(shards), "--validation", str(others), "--device", "cpu", "--workers", "1", "--batch-size", "16", "--warmup", "5"]
     arguments += ["--channels", "16", "--blocks", "3", "--steps", "75", "--learning-rate", "1e-2", "--log-every", "25"]
     script.main([*arguments, "--out", str(tmp_path / "judge")])
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     judge = load_judge(str(tmp_path / "judge"))
     assert judge.accuracy == printed and set(printed) == {"all", "spoilt", "validation"}
+    assert set(judge.scenes) == {ShardReader([shards], size=SIZE, seed=0).dataset_hash}
     own = printed["all"]["categories"]
     assert printed["all"]["single"]["top1"] > 0.8 and own["object"]["confirmed"] > 0.8 and own["background"]["confirmed"] > 0.8
     assert min(one["rejected"] for one in own.values()) > 0.8
     script.main([*arguments[:-6], "--steps", "2", "--out", str(tmp_path / "a")])
     script.main([*arguments[:-6], "--steps", "2", "--out", str(tmp_path / "b")])
     assert (tmp_path / "a/judge.safetensors").read_bytes() == (tmp_path / "b/judge.safetensors").read_bytes()
+    script.refuse_seen(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.ones(9, 3, 2, 2, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"--validation: 48 of its 88 scenes are among those that train the judge"):
+        script.main([*arguments[:2], str(shards), *arguments[2:], "--out", str(tmp_path / "leak")])

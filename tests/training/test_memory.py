@@ -81,7 +81,7 @@ class Convolutions(nn.Module):
         self.first, self.second = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 3, 3, padding=1)
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        h = nn.functional.silu(rms_norm(self.first(x), 1) * 1.5)
+        h = nn.functional.silu(rms_norm(self.first(x).movedim(1, -1)).movedim(-1, 1) * 1.5)
         return self.second(nn.functional.silu(h + 1).exp())
 
 

@@ -37,7 +37,7 @@ def test_a_run_from_shards_to_model_folder(write_config: WriteConfig, tmp_path: 
     model = train(load_config(write_config("run"), ["training.images=320", "training.keep_checkpoints=2"]), progress=False)
     root = tmp_path / "run"
     assert model == root / "model"
-    assert [path.name for path in checkpoints(root)] == ["000000000304", "000000000320"]
+    assert [path.name for path in checkpoints(root)][-2:] == ["000000000304", "000000000320"]  # and the best, if it is another
     losses = [float(str(event["loss"])) for event in log(root, "train")]
     assert len(losses) == 20
     assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
