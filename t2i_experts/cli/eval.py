@@ -7,6 +7,7 @@ from t2i_experts.cli.eval_coco import coco
 from t2i_experts.cli.eval_compare import compare
 from t2i_experts.cli.eval_fid import fid
 from t2i_experts.cli.eval_judge import judge
+from t2i_experts.cli.eval_nearest import nearest
 from t2i_experts.cli.eval_score import score
 from t2i_experts.cli.options import group
 
@@ -17,4 +18,5 @@ app.command()(clip)
 app.command()(score)
 app.command()(coco)
 app.command()(judge)
+app.command()(nearest)
 app.command()(compare)

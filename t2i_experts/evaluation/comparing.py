@@ -284,6 +284,22 @@ def _judge(record: Mapping[str, Any], path: Path) -> dict[str, Number]:
     return numbers
 
 
+def _nearest(record: Mapping[str, Any], path: Path) -> dict[str, Number]:
+    """Those of `eval nearest`. A share's threshold and a test's measure are the held-out pictures, which must be the same."""
+    needs = {
+        **_network(record["features"], "features"),
+        **_set(record["train"], "train"),
+        **{name: record[name] for name in ("resolution", "square", "pictures")},
+    }
+    numbers = {"median distance": Number(record["distances"]["generated"]["median"], None, needs)}
+    if "held_out" in record:
+        below, count = record["below"], record["generated"]["count"]
+        measured = {**needs, **_set(record["held_out"], "held_out")}
+        numbers["share below"] = Number(below["share"], below["error"], measured)
+        numbers["C_T"] = Number(record["copying"]["z"], None, {**measured, "generated.count": count})
+    return numbers
+
+
 def _claims(claims: Sequence[Sequence[Any]], category: str) -> tuple[float, float]:
     """Of a picture: claims of a category that hold, and all of these; of whole prompts, whether all claims hold."""
     from t2i_experts.evaluation.composition import WHOLE  # with torch, for which a comparison of files need not wait
@@ -308,4 +324,5 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any], Path], dict[str, Number]]] =
     "eval clip": _score,
     "eval score": _score,
     "eval judge": _judge,
+    "eval nearest": _nearest,
 }

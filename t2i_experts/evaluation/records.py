@@ -14,7 +14,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,15 @@ def write_values(path: Path, key: str, keys: Sequence[Any], values: Mapping[str,
 
     Raises ValueError if it cannot be written.
     """
+    return write_table(path, [key, *values], zip(keys, *values.values(), strict=True))
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> dict[str, str]:
+    """Writes a CSV; returns its path and sha256. Raises ValueError if it cannot be written."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([key, *values])
-    writer.writerows(zip(keys, *values.values(), strict=True))
+    writer.writerow(columns)
+    writer.writerows(rows)
     data = out.getvalue().encode(errors="surrogateescape")
     _write(path, data)
     return {"path": str(path), "sha256": hashlib.sha256(data).hexdigest()}
