@@ -39,6 +39,11 @@ if TYPE_CHECKING:
 _MOST_PAIRS = 200
 
 
+def _complete_features(incomplete: str) -> list[str]:
+    """Those without a network, and the networks."""
+    return [*(name for name in ("pixels", "tiles") if name.startswith(incomplete)), *complete_features(incomplete)]
+
+
 @one_voice()
 def nearest(
     train: Annotated[Path, typer.Option(help="What the model was trained on: a folder of pictures or of shards, of any size.")],
@@ -68,7 +73,7 @@ def nearest(
         str,
         typer.Option(
             help="pixels, tiles (both against exact copies), or a network: inception, open_clip, squeezenet, a plugin's.",
-            autocompletion=complete_features,
+            autocompletion=_complete_features,
         ),
     ] = "pixels",
     protocol: Protocol = None,
