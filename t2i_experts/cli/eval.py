@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from t2i_experts.cli.eval_clip import clip
 from t2i_experts.cli.eval_coco import coco
+from t2i_experts.cli.eval_compare import compare
 from t2i_experts.cli.eval_fid import fid
 from t2i_experts.cli.eval_judge import judge
+from t2i_experts.cli.eval_nearest import nearest
 from t2i_experts.cli.eval_score import score
 from t2i_experts.cli.eval_sweep import sweep
 from t2i_experts.cli.options import group
@@ -18,3 +20,5 @@ app.command()(score)
 app.command()(coco)
 app.command()(sweep)
 app.command()(judge)
+app.command()(nearest)
+app.command()(compare)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from t2i_experts.cli.eval_score import Batch, Captions, Device, Pictures, measure
+from t2i_experts.cli.eval_score import Batch, Captions, Device, Pictures, Values, measure
 from t2i_experts.cli.options import Json, Workers
 
 
@@ -22,6 +22,7 @@ def clip(
     batch: Batch = 32,
     device: Device = None,
     workers: Workers = None,
+    values: Values = None,
     as_json: Json = False,
 ) -> None:
     """Measure how well pictures fit their captions by CLIP.
@@ -33,4 +34,4 @@ def clip(
     """
     chosen = {"model": model, "weights": weights, "prefix": prefix or None, "clamp": "true" if clamp else None}
     options = {name: value for name, value in chosen.items() if value is not None}
-    measure("clip", options, pictures, captions, batch, device, workers, as_json)
+    measure("eval clip", "clip", options, pictures, captions, batch, device, workers, values, as_json)

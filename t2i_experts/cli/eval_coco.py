@@ -93,7 +93,7 @@ def coco(
     kid: Kid = False,
     precision_recall: PrecisionRecall = False,
     infinity: Infinity = False,
-    out: Annotated[Path, typer.Option(help="Folder for result.json, ids.csv and reference.npz.")] = Path("coco"),
+    out: Annotated[Path, typer.Option(help="Folder for result.json, ids.csv, scores.csv and reference.npz.")] = Path("coco"),
     parts: Annotated[
         Path | None, typer.Option(help="Folder for what is done of unfinished work; default: parts in --out.", show_default=False)
     ] = None,
@@ -128,6 +128,7 @@ def coco(
         from t2i_experts.evaluation.coco import REFERENCE, Evaluation
         from t2i_experts.evaluation.processes import open_processes
         from t2i_experts.evaluation.protocol import Comparison
+        from t2i_experts.evaluation.records import made_by
         from t2i_experts.evaluation.rehearsal import rehearse
         from t2i_experts.evaluation.seeing import Drawing
 
@@ -154,6 +155,7 @@ def coco(
         networks = looking.open(place, workers, compares=sources.compares, processes=processes)
         evaluation = processes.together(plan)
         record: dict[str, Any] = {
+            **made_by("eval coco"),
             **evaluation.described(),
             "settings": {"batch_size": batch_size, "workers": workers, "processes": processes.count, "compile": compile},
             **machine(evaluation.networks.pace.device),

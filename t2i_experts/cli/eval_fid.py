@@ -71,6 +71,7 @@ def fid(
     from t2i_experts.evaluation.features import FeatureOptions
     from t2i_experts.evaluation.processes import open_processes
     from t2i_experts.evaluation.protocol import PICTURES, Comparison, Pace, compare, measure_sets, remarks
+    from t2i_experts.evaluation.records import made_by
     from t2i_experts.evaluation.statistics import save_statistics
 
     started = time.perf_counter()
@@ -91,15 +92,16 @@ def fid(
         save_statistics(save_stats, sets["A"].gaussian, None if made is None else json.dumps(made))
     numbers = compare(sets["A"], sets["B"], wanted, place) if b is not None else {}
     made = next((measured.made for measured in sets.values() if measured.made is not None), None)
+    called = {"A": "set"} if b is None else {"A": "generated", "B": "reference"}
     record: dict[str, Any] = {
+        **made_by("eval fid"),
         **numbers,
         "features": made,
         "pictures": PICTURES,
-        **{what.lower(): measured.record for what, measured in sorted(sets.items())},
+        **{called[what]: measured.record for what, measured in sorted(sets.items())},
         "notes": notes,
         "saved": None if save_stats is None else str(save_stats),
-        "settings": {"batch": batch, "workers": workers, "seed": seed},
-        "processes": processes.count,
+        "settings": {"batch": batch, "workers": workers, "processes": processes.count, "seed": seed},
         **machine(place),
         "seconds": round(time.perf_counter() - started, 3),
     }

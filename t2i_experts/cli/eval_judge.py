@@ -11,6 +11,7 @@ import typer
 
 from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, what_decides
 from t2i_experts.cli.importing import without_collecting
+from t2i_experts.cli.measuring import machine
 from t2i_experts.cli.options import BatchSize, Device, Dtype, Guidance, Json, Model, Sampler, Steps, Threshold, one_voice
 from t2i_experts.cli.progress import no_bar, progress_bar
 
@@ -63,6 +64,7 @@ def judge(
         from t2i_experts.evaluation.judge import load_judge
         from t2i_experts.evaluation.judging import draw_and_judge, table
         from t2i_experts.evaluation.processes import open_processes
+        from t2i_experts.evaluation.records import made_by
 
     started = time.monotonic()
     with open_processes() as processes:
@@ -94,12 +96,16 @@ def judge(
     if judged is None:
         return
     result = {
+        **made_by("eval judge"),
         "scores": judged.scores(),
         "by_split": {split: judged.scores(split) for split in ("held-out", "validation")},
         "judge": {"source": judge, "fingerprint": trained.fingerprint, "accuracy": trained.accuracy},
+        "prompts": {"count": num, "sha256": judged.prompts_hash},
         "num": num,
         "seed": seed,
         **what_decides(pipeline, settings),
+        "settings": {"batch_size": batch_size},
+        **machine(pipeline.device),
         "seconds": round(time.monotonic() - started, 3),
     }
     if out is not None:

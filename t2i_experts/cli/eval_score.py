@@ -28,6 +28,9 @@ Captions = Annotated[
 ]
 Batch = Annotated[int, typer.Option(help="Pictures that go through the network together.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first GPU if not given.", show_default=False)]
+Values = Annotated[
+    Path | None, typer.Option(help="Also write the value of each picture to this CSV, which eval compare reads.", show_default=False)
+]
 
 
 def score(
@@ -38,6 +41,7 @@ def score(
     batch: Batch = 32,
     device: Device = None,
     workers: Workers = None,
+    values: Values = None,
     as_json: Json = False,
 ) -> None:
     """Measure pictures with captions by a plugin's metric.
@@ -51,11 +55,12 @@ def score(
         if not (key and equals) or key in chosen:
             raise ValueError(f"{option!r} {'names ' + key + ' again' if key in chosen else 'must be of the form KEY=VALUE'}")
         chosen[key] = value
-    measure(metric, chosen, pictures, captions, batch, device, workers, as_json)
+    measure("eval score", metric, chosen, pictures, captions, batch, device, workers, values, as_json)
 
 
 @one_voice()
 def measure(
+    command: str,
     name: str,
     options: Mapping[str, str],
     pictures: Path,
@@ -63,10 +68,13 @@ def measure(
     batch: int,
     device: str | None,
     workers: int | None,
+    values: Path | None,
     as_json: bool,
 ) -> None:
     """Prints the mean of a metric over a set of pictures, with its record. Raises ValueError for what the user got wrong."""
     workers = check_pace(batch, workers)
+    if values is not None and (values.suffix != ".csv" or not values.absolute().parent.is_dir()):
+        raise ValueError(f"--values {values} must be a file that ends in .csv, in a folder that exists")
 
     from t2i_experts.registry import registry
 
@@ -76,6 +84,7 @@ def measure(
     from t2i_experts.evaluation.metrics import Metric, load_metric, measure_captioned
     from t2i_experts.evaluation.processes import open_processes
     from t2i_experts.evaluation.protocol import PICTURES, Pace
+    from t2i_experts.evaluation.records import made_by, write_values
 
     started = time.perf_counter()
     with open_processes() as processes:
@@ -91,10 +100,11 @@ def measure(
     if not processes.main:
         return
     record = {
+        **made_by(command),
         **measured.record,
         "pictures": PICTURES,
-        "settings": {"batch": batch, "workers": workers},
-        "processes": processes.count,
+        "settings": {"batch": batch, "workers": workers, "processes": processes.count},
+        **({} if values is None else {"values": write_values(values, "picture", measured.names, {name: measured.values.tolist()})}),
         **machine(place),
         "seconds": round(time.perf_counter() - started, 3),
     }

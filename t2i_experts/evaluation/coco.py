@@ -26,13 +26,13 @@ from t2i_experts.evaluation.pictures import set_hash
 from t2i_experts.evaluation.processes import Processes
 from t2i_experts.evaluation.prompts import PromptList
 from t2i_experts.evaluation.protocol import PICTURES, Comparison, MeasuredSet, Progress, check_alike, compare, remarks
-from t2i_experts.evaluation.records import differences, in_words, read_json, write_json
+from t2i_experts.evaluation.records import differences, in_words, read_json, write_json, write_values
 from t2i_experts.evaluation.seeing import Drawing, Networks, draw_parts, reference_parts, to_make
 from t2i_experts.evaluation.statistics import FeatureStatistics, save_statistics
 
 _TOKENIZED = 1024  # prompts at a time
 
-RESULT, IDS, REFERENCE = "result.json", "ids.csv", "reference.npz"
+RESULT, IDS, REFERENCE, SCORES = "result.json", "ids.csv", "reference.npz", "scores.csv"
 
 
 def refuse_impossible(drawn: int, references: int, statistics: MeasuredSet | None, wanted: Comparison) -> None:
@@ -173,13 +173,19 @@ class Evaluation:
         return Unread(cut_prompts(self.drawing), counts)
 
     def result(self, reference: MeasuredSet | None, unread: Unread) -> dict[str, Any]:
-        """The numbers with what is known of both sets, out of all parts. reference, unread: `measured_reference` and `unread`."""
+        """The numbers with what is known of both sets, out of all parts. Keeps the scores of each picture in `out`.
+
+        reference, unread: `measured_reference` and `unread`.
+        """
         place, extractor = self.networks.pace.device, self.networks.extractor
         drawn = gather(self._generated(), place, keep=self.comparison.needs_features)
         record: dict[str, Any] = {"count": len(drawn.digests), "sha256": hashlib.sha256(b"".join(drawn.digests)).hexdigest()}
         generated = {"path": "the sampler's pictures", "kind": "generated", **record, "seconds": round(drawn.seconds, 3)}
         notes = list(unread.by_model)
         found: dict[str, Any] = {"generated": generated, "scores": scores(drawn, self.drawing.prompts), "notes": notes}
+        if drawn.values:
+            by_name = {name: values.tolist() for name, values in drawn.values.items()}
+            found["values"] = write_values(self.out / SCORES, "index", range(len(drawn.digests)), by_name)
         for name, count in unread.by_metrics.items():
             found["scores"][name]["captions_cut"] = count
         if extractor is None or drawn.statistics is None or reference is None:

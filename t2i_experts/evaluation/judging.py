@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -25,6 +27,12 @@ class Judged:
     prompts: Sequence[Prompt]
     images: Tensor
     readings: Sequence[Reading]
+
+    @property
+    def prompts_hash(self) -> str:
+        """sha256 of the prompts with their claims, in their order."""
+        listed = [[prompt.text, [_plain(claim) for claim in prompt.claims]] for prompt in self.prompts]
+        return sha256(json.dumps(listed).encode()).hexdigest()
 
     def scores(self, split: str | None = None) -> dict[str, dict[str, Any]]:
         """The scores by category, of all pictures or those of one split, as plain numbers."""

@@ -80,9 +80,11 @@ def mean_score(values: Sequence[float] | Tensor) -> MeanScore:
 
 @dataclass(frozen=True, eq=False)
 class MeasuredPictures:
-    """values: (N,) float64, in the order of the set. record: mean, standard error and count, and all that made them."""
+    """values: (N,) float64, in the order of the set. names: of the pictures. record: mean, standard error and count, and all that made
+    them."""
 
     values: Tensor
+    names: Sequence[str]
     record: Mapping[str, Any]
 
 
@@ -173,7 +175,7 @@ def measure_captioned(
         },
     }
     record["set"]["seconds"] = round(time.perf_counter() - started, 3)
-    return MeasuredPictures(torch.tensor(values, dtype=torch.float64), record)
+    return MeasuredPictures(torch.tensor(values, dtype=torch.float64), [one.name for one in everyones], record)
 
 
 def printable(name: str) -> str:

@@ -68,9 +68,10 @@ class PictureSet:
     def read(self, workers: int, indices: range | None = None) -> Iterator[Picture | Unreadable]:
         """Every picture in order, or those of some indices, decoded by some threads: at its own size, upright, transparency on white."""
         with ThreadPoolExecutor(workers) as pool:
-            yield from in_order(pool, workers, self._decoded, range(self.count) if indices is None else indices)
+            yield from in_order(pool, workers, self.decoded, range(self.count) if indices is None else indices)
 
-    def _decoded(self, index: int) -> Picture | Unreadable:
+    def decoded(self, index: int) -> Picture | Unreadable:
+        """The picture with some index."""
         try:
             stored = self.load(index)
         except ValueError as error:

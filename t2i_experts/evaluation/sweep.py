@@ -19,7 +19,7 @@ from t2i_experts.evaluation.coco import IDS, REFERENCE, RESULT, Evaluation, Unre
 from t2i_experts.evaluation.processes import Processes
 from t2i_experts.evaluation.prompts import PromptList
 from t2i_experts.evaluation.protocol import MeasuredSet, Progress
-from t2i_experts.evaluation.records import differences, in_words, read_json, write_json
+from t2i_experts.evaluation.records import differences, in_words, made_by, read_json, write_json
 from t2i_experts.evaluation.seeing import Drawing
 
 Bar = Callable[[str], AbstractContextManager[Progress]]
@@ -166,7 +166,7 @@ def measure(evaluation: Evaluation, common: Common, about: Mapping[str, Any], pr
 
     def finish() -> None:
         result = evaluation.result(common.reference(evaluation), common.unread(evaluation))
-        evaluation.keep({**evaluation.described(), **about, **result})
+        evaluation.keep({**made_by("eval coco"), **evaluation.described(), **about, **result})
 
     processes.together(lambda: finish() if processes.main else None)
 
@@ -185,7 +185,8 @@ def collect(out: Path, shared: Mapping[str, Any], described: Mapping[str, Any], 
     points = [_plain_point(folder.relative_to(out), names[result["model"]["fingerprint"]], result) for folder, result in results]
     places = {name: place for place, name in enumerate(models)}
     points.sort(key=lambda point: (places[point["model"]], *(point["sampling"][key] for key in ("sampler", "steps", "guidance"))))
-    return {"decided_by": dict(shared), **described, "models": models, "points": points, "best": best(points)}
+    made = made_by("eval sweep")
+    return {**made, "decided_by": dict(shared), **described, "models": models, "points": points, "best": best(points)}
 
 
 def best(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -80,6 +80,7 @@ def test_models_and_samplers(complete: Complete) -> None:
     assert complete("generate", "a", "--sampler", "") == ["dpmpp_2m", "euler", "heun"]
     assert complete("generate", "a", "--sampler", "h") == ["heun"]
     assert complete("eval", "score", "a", "--metric", "") == ["clip"]
+    assert complete("eval", "nearest", "a", "--features", "") == ["pixels", "tiles", *complete("eval", "fid", "a", "--features", "")]
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

@@ -18,6 +18,7 @@ from t2i_experts.evaluation.frechet import frechet_distance
 from t2i_experts.evaluation.kid import kernel_distance
 
 CLI = Callable[..., tuple[int, str, str]]
+SETS = ("generated", "reference")
 CLIP = ("--features", "open_clip", "--device", "cpu")
 
 
@@ -69,31 +70,31 @@ def test_the_numbers_are_those_of_the_features_and_the_record_is_whole(fid: Call
     assert record["kid"]["spread"] > 0 and 0 <= record["precision_recall"]["precision"] <= 1
     assert len(record["infinity"]["distances"]) == 15 and record["infinity"]["distances"][-1] == pytest.approx(record["distance"])
     assert abs(record["kid"]["mean"] - kernel_distance(a[torch.randperm(34)], b, subsets=100).mean) < 5 * record["kid"]["spread"]
-    assert (record["a"]["count"], record["b"]["count"], record["a"]["kind"]) == (34, 20, "folder")
-    assert record["features"]["name"] == "CLIP-FID" and len(record["features"]["sha256"]) == len(record["a"]["sha256"]) == 64
-    assert record["settings"] == {"batch": 7, "workers": 3, "seed": 2020}
+    assert (record["generated"]["count"], record["reference"]["count"], record["generated"]["kind"]) == (34, 20, "folder")
+    assert record["features"]["name"] == "CLIP-FID" and len(record["features"]["sha256"]) == len(record["generated"]["sha256"]) == 64
+    assert record["settings"] == {"batch": 7, "workers": 3, "processes": 1, "seed": 2020}
     assert {"torch", "pillow", "libjpeg-turbo"} <= set(record["versions"]) and record["machine"]["device"] and record["seconds"] > 0
     again = fid("a", "b", *CLIP, "--model", "clip", "--batch", 32, "--workers", 1)
     assert again["distance"] == pytest.approx(record["distance"], rel=1e-6)
-    assert [again[name]["sha256"] for name in "ab"] == [record[name]["sha256"] for name in "ab"]
+    assert [again[name]["sha256"] for name in SETS] == [record[name]["sha256"] for name in SETS]
 
 
 def test_shards_give_the_number_of_their_folder(fid: Callable[..., Any], cli: CLI) -> None:
     assert cli("shards", "build", "a", "--out", "shards", "--samples-per-shard", 10)[0] == 0
     one, two = (fid(a, "b", *CLIP, "--model", "clip") for a in ("a", "shards"))
-    assert two["a"]["kind"] == "shards" and two["a"]["count"] == 34
+    assert two["generated"]["kind"] == "shards" and two["generated"]["count"] == 34
     assert two["distance"] == pytest.approx(one["distance"], rel=1e-6)
 
 
 def test_statistics_stand_for_their_pictures_and_say_how_they_were_made(fid: Callable[..., Any], cli: CLI, sets: Path) -> None:
     whole = fid("a", "b", *CLIP, "--model", "clip", "--save-stats", "a.npz")
     alone = fid("b", *CLIP, "--model", "clip", "--save-stats", "b.npz")
-    assert "distance" not in alone and alone["saved"] == "b.npz" and "b" not in alone
+    assert "distance" not in alone and alone["saved"] == "b.npz" and not set(SETS) & set(alone)
     for pair in (("a", "b.npz"), ("a.npz", "b")):
         assert fid(*pair, *CLIP, "--model", "clip")["distance"] == pytest.approx(whole["distance"], rel=1e-8)
     files = fid("a.npz", "b.npz")
     assert files["distance"] == pytest.approx(whole["distance"], rel=1e-8)
-    assert files["features"] == whole["features"] and files["a"]["kind"] == "statistics" and files["a"]["count"] == 34
+    assert files["features"] == whole["features"] and files["generated"]["kind"] == "statistics" and files["generated"]["count"] == 34
     code, out, err = cli("eval", "fid", "a", "b.npz", *CLIP, "--model", "embedded:clip")
     assert (code, out) == (2, "") and "were made differently: dimension=12 and dimension=" in err
     with np.load("b.npz") as found:
@@ -105,7 +106,7 @@ def test_statistics_stand_for_their_pictures_and_say_how_they_were_made(fid: Cal
 
 def test_a_sets_hash_is_that_of_names_and_bytes(fid: Callable[..., Any], sets: Path) -> None:
     def digest() -> str:
-        return str(fid("b", *CLIP, "--model", "clip", "--save-stats", "b.npz")["a"]["sha256"])
+        return str(fid("b", *CLIP, "--model", "clip", "--save-stats", "b.npz")["set"]["sha256"])
 
     before = digest()
     shutil.copytree("b", "c")

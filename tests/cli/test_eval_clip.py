@@ -58,7 +58,7 @@ def test_the_number_is_the_mean_and_the_record_is_whole(clip: Callable[..., Any]
     assert record["mean"] == pytest.approx(expected.mean(), abs=1e-4)
     assert record["error"] == pytest.approx(expected.std(ddof=1) / 12**0.5, abs=1e-4) and record["count"] == 12
     assert (record["metric"]["clamp"], record["metric"]["prefix"], record["metric"]["context"]) == (False, "", 24)
-    assert record["set"]["kind"] == "folder" and record["settings"] == {"batch": 5, "workers": 3}
+    assert record["set"]["kind"] == "folder" and record["settings"] == {"batch": 5, "workers": 3, "processes": 1}
     assert all(len(part["sha256"]) == 64 for part in (record["set"], record["captions"], record["metric"]))
     assert {"torch", "pillow", "open-clip-torch"} <= set(record["versions"]) and record["machine"]["device"] and record["seconds"] > 0
     assert "transparency on white" in record["pictures"]

@@ -367,3 +367,22 @@ def test_mistakes_are_told_in_one_line(cli: CLI, world: Path, arguments: list[st
     assert (code, out) == (2, "") and err.count("\n") == 1, err
     assert all(part in err for part in said), err
     assert not (world / "coco").exists()
+
+
+def test_two_models_settings_are_compared_picture_by_picture(coco: Callable[..., Any], cli: CLI, world: Path) -> None:
+    looked = (*CHOSEN, "--num", 9, "--steps", 2, "--metric", "clip:model=clip")
+    one, two = (coco(*looked, "--guidance", guidance, "--out", f"g{guidance}") for guidance in (1, 5))
+    code, out, err = cli("eval", "compare", "g1/result.json", "g5/result.json", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["differs"] == {"sampling.guidance": [1, 5]} and set(found["numbers"]) == {"CLIP-FID", "CLIP score"}
+    values = [np.loadtxt(f"{out}/scores.csv", delimiter=",", skiprows=1, usecols=1) for out in ("g1", "g5")]
+    assert values[0].mean() == pytest.approx(one["scores"]["clip"]["mean"], abs=1e-9)
+    difference = found["differences"]["CLIP score"][0]
+    assert difference["paired"] and difference["value"] == pytest.approx(two["scores"]["clip"]["mean"] - one["scores"]["clip"]["mean"])
+    assert difference["error"] == pytest.approx((values[1] - values[0]).std(ddof=1) / 3)
+    assert found["differences"]["CLIP-FID"][0]["error"] is None
+    coco(*looked, "--guidance", 5, "--caption-seed", 1, "--resolution", 20, "--out", "other")
+    code, out, err = cli("eval", "compare", "g5/result.json", "other/result.json")
+    assert (code, out) == (2, "")
+    assert "prompts.sha256: " in err and "resolution: 16 and 20 (CLIP-FID, CLIP score)" in err and "reference.sha256: " in err

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,24 @@ def test_the_scores_stand_beside_the_judges_accuracy(cli: CLI, judge: Path, mode
     assert code == 0 and "98.7" in out and "65.4" in out and "all of the prompt" in out
     share = f"{100 * result['scores']['style']['right']:.1f}"
     assert next(line for line in out.splitlines() if line.startswith("style")).split()[1] == share
+
+    changed = [*options[:8], "--steps", 3, *options[10:]]
+    assert cli("eval", "judge", *changed, "--out", tmp_path / "other", "--json")[0] == 0
+    code, out, err = cli("eval", "compare", tmp_path / "judged/result.json", tmp_path / "other/result.json", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    other = json.loads((tmp_path / "other/result.json").read_text(encoding="utf-8"))
+    change = torch.tensor([_style(after) - _style(before) for before, after in zip(kept["pictures"], other["pictures"], strict=True)])
+    assert found["differs"] == {"sampling.steps": [2, 3]}
+    difference = found["differences"]["style"][0]
+    assert difference["paired"] and difference["value"] == pytest.approx(float(change.mean()))
+    assert difference["error"] == pytest.approx(float(change.std() / 12**0.5))
+    assert set(found["numbers"]) == set(result["scores"])
+
+
+def _style(picture: Any) -> float:
+    (held,) = (claim[-1] for claim in picture["claims"] if claim[0] == "style")
+    return float(held)
 
 
 @pytest.mark.parametrize(

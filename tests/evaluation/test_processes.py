@@ -96,8 +96,8 @@ def test_three_processes_give_the_record_of_one(sets: Path) -> None:
     assert code == 0 and [result[0] for result in several] == [0, 0, 0]
     assert [result[1] for result in several[1:]] == ["", ""] and not any("note" in result[2] for result in several[1:])
     three = json.loads(several[0][1])
-    assert (one["processes"], three["processes"]) == (1, 3)
-    for name in "ab":
+    assert (one["settings"]["processes"], three["settings"]["processes"]) == (1, 3)
+    for name in ("generated", "reference"):
         assert [three[name][key] for key in ("count", "sha256", "shorter_side")] == [
             one[name][key] for key in ("count", "sha256", "shorter_side")
         ]
@@ -129,7 +129,7 @@ def test_several_processes_score_captions_as_one_does(sets: Path) -> None:
     several = launched(3, command(*wanted), sets)
     assert [(code, bool(out)) for code, out, _ in several] == [(0, True), (0, False), (0, False)]
     first, second = json.loads(one), json.loads(several[0][1])
-    assert (first.pop("processes"), second.pop("processes")) == (1, 3)
+    assert (first["settings"].pop("processes"), second["settings"].pop("processes")) == (1, 3)
     assert second["mean"] == pytest.approx(first["mean"], rel=1e-5) and second["error"] == pytest.approx(first["error"], rel=1e-4)
     assert second["captions"] == first["captions"] and first["captions"]["too_long"]["count"] > 3
     assert second["set"]["sha256"] == first["set"]["sha256"] and second["count"] == 20

@@ -1,0 +1,173 @@
+"""`eval compare`: what compares is compared with its noise, and what does not is refused by the name of the field."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+CLI = Callable[..., tuple[int, str, str]]
+CLIP = ("--model", "clip", "--device", "cpu", "--json")
+FID = ("--features", "open_clip", *CLIP)
+COUNT = 12
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip_folder: Path) -> Path:
+    """`a`, `b` and `real`: twelve pictures of the same captions each, b's those of a with more noise. The working folder."""
+    random = np.random.default_rng(0)
+    base = random.integers(0, 200, (COUNT, 32, 32, 3))
+    for name, noise in (("a", 2), ("b", 50), ("real", 200)):
+        (tmp_path / name).mkdir()
+        for i in range(COUNT):
+            pixels = base[i] + random.integers(0, noise, base[i].shape)
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / name / f"{i:02}.png")
+            (tmp_path / name / f"{i:02}.txt").write_text(f"a red apple {i}")
+    (tmp_path / "clip").symlink_to(clip_folder)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def kept(cli: CLI, folder: Path) -> Callable[..., Any]:
+    """kept(NAME, *arguments): the record that a command of eval prints, written to NAME."""
+
+    def run(name: str, *arguments: object) -> Any:
+        code, out, err = cli("eval", *arguments)
+        assert code == 0, err
+        Path(name).write_text(out, encoding="utf-8")
+        return json.loads(out)
+
+    return run
+
+
+def changed(source: str, target: str, *keys: str, to: Any) -> None:
+    """A record with another value somewhere; None takes the field away."""
+    record = json.loads(Path(source).read_text())
+    *above, last = keys
+    inner = record
+    for key in above:
+        inner = inner[key]
+    assert last in inner
+    if to is None:
+        del inner[last]
+    else:
+        inner[last] = to
+    Path(target).write_text(json.dumps(record))
+
+
+def test_distances_against_one_reference_compare_and_what_differs_is_told(kept: Callable[..., Any], cli: CLI) -> None:
+    a = kept("a.json", "fid", "a", "real", *FID, "--kid", "--precision-recall", "--workers", 1)
+    b = kept("b.json", "fid", "b", "real", *FID, "--precision-recall", "--workers", 2)
+    code, out, err = cli("eval", "compare", "a.json", "b.json", "a.json", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["record"] == {"command": "eval compare", "version": 1} and found["obstacles"] == []
+    assert [one["value"] for one in found["numbers"]["CLIP-FID"]] == [a["distance"], b["distance"], a["distance"]]
+    assert found["differences"]["CLIP-FID"][0]["value"] == b["distance"] - a["distance"]
+    assert found["differences"]["CLIP-FID"][0]["error"] is None and found["differences"]["CLIP-FID"][0]["within_noise"] is None
+    assert found["numbers"]["KID"][1] is None and found["differences"]["KID"][0] is None
+    assert found["differs"] == {"settings.workers": [1, 2, 1]}
+    code, out, _ = cli("eval", "compare", "a.json", "b.json")
+    row = next(line for line in out.splitlines() if line.startswith("CLIP-FID"))
+    assert row.split() == ["CLIP-FID", f"{a['distance']:.4f}", f"{b['distance']:.4f}", f"{b['distance'] - a['distance']:+.4f}"]
+    assert "noise" not in out
+
+
+@pytest.mark.parametrize(
+    ("keys", "to", "said"),
+    [
+        (("features", "sha256"), "0" * 64, "features.sha256: "),
+        (("features", "resize"), "clean", "features.resize: 'bicubic, antialiased, centre crop' and 'clean'"),
+        (("features", "protocol"), "tf1", "features.protocol: not known and 'tf1'"),
+        (("features",), None, "is not a whole record of eval fid"),
+        (("reference", "sha256"), "1" * 64, "reference.sha256: "),
+        (("reference", "count"), 11, "reference.count: 12 and 11 (CLIP-FID)"),
+        (("generated", "count"), 30000, "generated.count: 12 and 30000 (CLIP-FID)"),
+        (("pictures",), "upside down", "pictures: "),
+        (("distance",), None, "holds no number"),
+        (("record",), None, "b.json is no record of eval fid, eval coco"),
+        (("record", "version"), 9, "its record.version is 9"),
+        (("features", "name"), "FID", "no number in common: a.json has CLIP-FID; b.json has FID"),
+    ],
+)
+def test_what_does_not_compare_is_refused_by_name(
+    kept: Callable[..., Any], cli: CLI, keys: tuple[str, ...], to: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = kept("a.json", "fid", "a", "real", *FID)
+    record["features"]["resize"], record["features"]["protocol"] = "bicubic, antialiased, centre crop", ""
+    Path("a.json").write_text(json.dumps(record))
+    changed("a.json", "b.json", *keys, to=to)
+    if keys[-1] == "protocol":
+        changed("a.json", "a.json", *keys, to=None)
+    code, out, err = cli("eval", "compare", "a.json", "b.json", "--json")
+    assert (code, out) == (2, "") and said in err, err
+    code, out, err = cli("eval", "compare", "a.json", "b.json", "--anyway")
+    if keys[-1] in ("distance", "record", "version", "name") or keys == ("features",):
+        assert code == 2
+    else:
+        assert code == 0 and f"A and B do not compare: {said}" in err and "CLIP-FID" in out
+
+
+def test_scores_of_the_same_captions_are_compared_picture_by_picture(kept: Callable[..., Any], cli: CLI) -> None:
+    for name in "ab":
+        kept(f"{name}.json", "clip", name, *CLIP, "--values", f"{name}.csv")
+
+    def difference() -> Any:
+        code, out, err = cli("eval", "compare", "a.json", "b.json", "--json")
+        assert code == 0, err
+        return json.loads(out)["differences"]["CLIP score"][0]
+
+    a, b = (np.loadtxt(f"{name}.csv", delimiter=",", skiprows=1, usecols=1) for name in "ab")
+    found = difference()
+    assert found["paired"] and found["value"] == pytest.approx((b - a).mean())
+    assert found["error"] == pytest.approx((b - a).std(ddof=1) / COUNT**0.5)
+    assert found["within_noise"] == (abs((b - a).mean()) <= 2 * found["error"])
+    text = Path("b.csv").read_text()
+    Path("b.csv").write_text(text + "99.png,1.0\n")  # no longer the file that the record tells of
+    apart = difference()
+    expected = np.hypot(a.std(ddof=1), b.std(ddof=1)) / COUNT**0.5
+    assert not apart["paired"] and apart["error"] == pytest.approx(expected) and apart["value"] == found["value"]
+    Path("b.csv").write_text(text)
+    Path("elsewhere").mkdir()
+    for name in ("b.json", "b.csv"):  # together, they may move
+        shutil.move(name, f"elsewhere/{name}")
+    code, out, _ = cli("eval", "compare", "a.json", "elsewhere/b.json")
+    assert code == 0 and f"{found['value']:+.4f} +- {found['error']:.4f} (paired" in out
+    Path("b/03.txt").write_text("another caption")
+    kept("b.json", "clip", "b", *CLIP)
+    code, out, err = cli("eval", "compare", "a.json", "b.json", "--json")
+    assert (code, out) == (2, "") and "captions.sha256: " in err and "(CLIP score)" in err
+    code, out, err = cli("eval", "compare", "a.json", "b.json", "--anyway", "--json")
+    assert code == 0 and json.loads(out)["differences"]["CLIP score"][0]["within_noise"] is None
+    assert [one["field"] for one in json.loads(out)["obstacles"]] == ["captions.sha256"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["a.json"], "received 1 records"),
+        (["a.json", "nowhere.json"], "nowhere.json is not there"),
+        (["a.json", "list.json"], "list.json holds no JSON object"),
+        (["a.json", "a/00.png"], "a/00.png cannot be read"),
+        (["a.json", "odd.json"], "odd.json is no record of eval fid, eval coco"),
+    ],
+)
+def test_what_is_no_record_is_an_error(kept: Callable[..., Any], cli: CLI, arguments: list[str], said: str) -> None:
+    kept("a.json", "clip", "a", *CLIP)
+    Path("list.json").write_text("[]")
+    Path("odd.json").write_text('{"record": {"command": ["x"]}}')
+    code, out, err = cli("eval", "compare", *arguments)
+    assert (code, out) == (2, "") and said in err
+
+
+def test_values_go_into_a_csv(cli: CLI, folder: Path) -> None:
+    for bad in ("values.txt", "nowhere/values.csv"):
+        code, _, err = cli("eval", "clip", "a", *CLIP, "--values", bad)
+        assert code == 2 and f"--values {bad}" in err
