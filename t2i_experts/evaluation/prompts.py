@@ -174,15 +174,6 @@ def listed_images(annotations: Path) -> list[str]:
     return [name for name, _ in _complete_entries(annotations).values()]
 
 
-def missing_files(folder: Path, names: Sequence[str]) -> None:
-    """Raises ValueError, with their number and some of their names, for pictures that are not in a folder."""
-    if not folder.is_dir():
-        raise ValueError(f"--images={str(folder)!r} is {'not a folder' if folder.exists() else 'not there'}")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f"{len(missing):,} of the {len(names):,} pictures are not in {folder}: {some(missing)}")
-
-
 def _complete_entries(annotations: Path) -> dict[int | str, tuple[str, list[str]]]:
     """File name and captions by image id. Raises ValueError for captions without their image, and images without captions."""
     entries, unlisted = read_captions(annotations)

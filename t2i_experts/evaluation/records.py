@@ -34,9 +34,9 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tup
     return [(name, one.get(name), other.get(name)) for name in dict.fromkeys([*one, *other]) if one.get(name) != other.get(name)]
 
 
-def in_words(found: list[tuple[str, Any, Any]]) -> str:
+def in_words(found: list[tuple[str, Any, Any]], where: tuple[str, str] = ("there", "here")) -> str:
     """The first few differences: `seed is 0 there and 1 here`."""
-    shown = [f"{name} is {first!r} there and {second!r} here" for name, first, second in found[:3]]
+    shown = [f"{name} is {first!r} {where[0]} and {second!r} {where[1]}" for name, first, second in found[:3]]
     return ", ".join(shown) + (f", and {len(found) - 3} more" if len(found) > 3 else "")
 
 
