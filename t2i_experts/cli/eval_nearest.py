@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, what_decides
+from t2i_experts.cli.generate import make_folder
 from t2i_experts.cli.importing import without_collecting
 from t2i_experts.cli.measuring import check_pace, machine
 from t2i_experts.cli.options import (
@@ -168,6 +169,8 @@ def nearest(
         place = processes.together(lambda: processes.device(device))
         training = processes.together(lambda: open_stored(train, "--train"))
         real = processes.together(lambda: None if held_out is None else open_stored(held_out, "--held-out"))
+        if out is not None:
+            processes.together(lambda: make_folder(out) if processes.main else None)  # what cannot be written is known before the work
         asked, side, decided = processes.together(open_generated)
         first = processes.together(lambda: load() if processes.local_rank == 0 else None)  # what is downloaded is downloaded once a host
         how = processes.together(lambda: first or load())

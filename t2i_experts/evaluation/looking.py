@@ -36,6 +36,11 @@ class Source(Protocol):
         """Of the pictures."""
         ...
 
+    @property
+    def listing(self) -> Any:
+        """What is known of all of them before any is looked at, as JSON's plain values."""
+        ...
+
     def squares(self, indices: Sequence[int], resolution: int, workers: int) -> Iterator[Shown]:
         """Of these pictures, in this order. Raises ValueError if any cannot be had."""
         ...
@@ -55,6 +60,11 @@ class Stored:
     def count(self) -> int:
         """See `Source`."""
         return self.pictures.count
+
+    @property
+    def listing(self) -> str:
+        """See `Source`."""
+        return self.pictures.listing
 
     def squares(self, indices: Sequence[int], resolution: int, workers: int) -> Iterator[Shown]:
         """See `Source`. Pictures that cannot be read are named together, at the end."""
@@ -101,6 +111,11 @@ class Drawn:
     def count(self) -> int:
         """See `Source`."""
         return len(self.drawing.prompts.prompts)
+
+    @property
+    def listing(self) -> dict[str, Any]:
+        """See `Source`."""
+        return {**self.drawing.facts, "prompts": self.drawing.prompts.sha256, "seed": self.drawing.seed}
 
     def squares(self, indices: Sequence[int], resolution: int, workers: int) -> Iterator[Shown]:
         """See `Source`."""

@@ -21,7 +21,7 @@ from t2i_experts.evaluation.gathering import FeatureGatherer
 from t2i_experts.evaluation.kid import kernel_distance
 from t2i_experts.evaluation.pictures import Picture, PictureSet, Unreadable, open_pictures, refuse_unreadable, set_hash
 from t2i_experts.evaluation.precision_recall import precision_recall
-from t2i_experts.evaluation.processes import ALONE, Processes, connected
+from t2i_experts.evaluation.processes import ALONE, Processes, connected, interleaved_tensors
 from t2i_experts.evaluation.statistics import Gaussian, load_statistics
 
 PICTURES = "upright by EXIF, transparency on white, first frame of animations, colour profiles not applied"
@@ -211,11 +211,7 @@ def _measured(
     modulo their number, so that the features can be put into the order of the images."""
     statistics = gathered.statistics if processes.count == 1 else connected(gathered.statistics.over_processes)
     parts = gathered.kept(processes)
-    features = None
-    if parts:
-        features = torch.cat(parts)
-        for rank, part in enumerate(parts if by_turns else []):
-            features[rank :: len(parts)] = part
+    features = None if not parts else interleaved_tensors(parts) if by_turns else torch.cat(parts)
     spans = [(min(some), max(some)) for some in processes.everyones(sides) if some]
     record["count"] = statistics.count
     record["shorter_side"] = [min(low for low, _ in spans), max(high for _, high in spans)] if spans else None
