@@ -231,13 +231,13 @@ def _distances(record: Mapping[str, Any], path: Path) -> dict[str, Number]:
     if "infinity" in record:
         found = record["infinity"]
         counts = {"infinity.counts": ", ".join(map(str, found["counts"]))}
-        numbers[f"{name} infinity"] = Number(found["value"], found["error"], {**needs, **counts})
+        # the error of the line through subsets of the same pictures, which is less than that of the pictures
+        numbers[f"{name} infinity"] = Number(found["value"], None, {**needs, **counts})
     if "kid" in record:
         found = record["kid"]
         drawn = {f"kid.{key}": found[key] for key in ("subsets", "size")}
-        numbers["KID"] = Number(
-            found["mean"], None, {**needs, **drawn}
-        )  # its spread is that of subsets, which overlap: no error of the mean
+        # its spread is that of subsets, which overlap: no error of the mean
+        numbers["KID"] = Number(found["mean"], None, {**needs, **drawn})
     if "precision_recall" in record:
         found = record["precision_recall"]
         k = {"precision_recall.neighbours": found["neighbours"]}

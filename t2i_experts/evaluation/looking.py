@@ -11,7 +11,16 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from t2i_experts.evaluation.pictures import LOOKED_FOR, Picture, PictureSet, Unreadable, find_pictures, refuse_unreadable, set_hash
+from t2i_experts.evaluation.pictures import (
+    LOOKED_FOR,
+    Picture,
+    PictureSet,
+    Unreadable,
+    find_pictures,
+    printable,
+    refuse_unreadable,
+    set_hash,
+)
 from t2i_experts.evaluation.seeing import Drawing
 from t2i_experts.evaluation.squares import centre_square
 from t2i_experts.shards.parallel import in_order
@@ -72,7 +81,8 @@ class Stored:
         def look(index: int) -> Shown | Unreadable:
             match self.pictures.decoded(index):
                 case Picture(pixels, digest, name, captions):
-                    return Shown(centre_square(pixels, resolution), name, captions[0] if captions else "", digest, min(pixels.shape[1:]))
+                    caption = captions[0] if captions else ""
+                    return Shown(centre_square(pixels, resolution), printable(name), caption, digest, min(pixels.shape[1:]))
                 case Unreadable() as unreadable:
                     return unreadable
 
@@ -94,7 +104,7 @@ class Stored:
 
     def name(self, index: int) -> str:
         """Of a picture in the set."""
-        return self.pictures.names[index] if self.pictures.names else self.pictures.load(index).name
+        return printable(self.pictures.names[index] if self.pictures.names else self.pictures.load(index).name)
 
     def described(self, digests: Sequence[bytes]) -> dict[str, Any]:
         """See `Source`."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from t2i_experts.evaluation.captioned import CaptionedPictures
-from t2i_experts.evaluation.pictures import Picture, Unreadable, named_digest, refuse_unreadable, set_hash
+from t2i_experts.evaluation.pictures import Picture, Unreadable, named_digest, printable, refuse_unreadable, set_hash
 from t2i_experts.evaluation.processes import ALONE, Processes
 from t2i_experts.evaluation.protocol import Pace, Progress, prepared
 from t2i_experts.registry import registry
@@ -176,8 +176,3 @@ def measure_captioned(
     }
     record["set"]["seconds"] = round(time.perf_counter() - started, 3)
     return MeasuredPictures(torch.tensor(values, dtype=torch.float64), [one.name for one in everyones], record)
-
-
-def printable(name: str) -> str:
-    """A file's name as text that can be written, whatever bytes the file system has."""
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")

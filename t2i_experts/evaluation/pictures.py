@@ -125,6 +125,11 @@ def named_digest(name: str, data: bytes) -> bytes:
     return hashlib.sha256(hashlib.sha256(name.encode(errors="surrogateescape")).digest() + data).digest()
 
 
+def printable(name: str) -> str:
+    """A file's name as text that can be written, whatever bytes the file system has."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 def set_hash(digests: Sequence[bytes]) -> str:
     """sha256 (hex) of a set of pictures by name and bytes, in whatever order they came."""
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()

@@ -151,9 +151,11 @@ def read_ids(path: Path, annotations: Path | None, seed: int) -> PromptList:
         return found
     entries = _complete_entries(annotations)
     names = {Path(name).name: identity for identity, (name, _) in entries.items()}
+    numbers: dict[Any, str] = {int(one): one for one in entries if isinstance(one, str) and one.isdecimal()}  # that are text there
     prompts, unknown = [], []
     for prompt in found.prompts:
         identity = prompt.image_id if prompt.image_id is not None else names.get(Path(prompt.file_name or "").name)
+        identity = identity if identity in entries else numbers.get(identity, identity)
         if identity not in entries:
             unknown.append(f"{prompt.image_id if prompt.image_id is not None else prompt.file_name}")
             continue

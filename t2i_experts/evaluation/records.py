@@ -66,7 +66,7 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]
 
 def read_values(record: Path, told: Mapping[str, str]) -> dict[str, dict[str, float]] | None:
     """By name and then by picture, what `write_values` wrote: beside the record, or where it was written. None if it is no longer the
-    file that the record tells of, or lies elsewhere."""
+    file that the record tells of, or lies elsewhere, and if two pictures have the same key, as in different tars they may."""
     for path in (record.parent / Path(told["path"]).name, Path(told["path"])):
         try:
             data = path.read_bytes()
@@ -77,6 +77,8 @@ def read_values(record: Path, told: Mapping[str, str]) -> dict[str, dict[str, fl
             key, *names = rows.fieldnames or [""]
             found: dict[str, dict[str, float]] = {name: {} for name in names}
             for row in rows:
+                if any(row[key] in values for values in found.values()):
+                    return None
                 for name in names:
                     found[name][row[key]] = float(row[name])
             return found

@@ -165,6 +165,15 @@ def test_a_folder_that_cannot_be_made_is_known_before_pictures_are_read(cli: CLI
     assert code == 2 and "--out: the folder file/out cannot be made" in err
 
 
+def test_names_that_are_no_text_can_be_written(nearest: Callable[..., Any], world: Path) -> None:
+    os.rename(b"drawn/03.png", b"drawn/\xff3.png")
+    os.rename(b"train/07.png", b"train/\xff7.png")
+    (world / "train/57.png").unlink()
+    record = nearest("drawn", "--train", "train", "--out", "out")
+    assert record == json.loads((world / "out/result.json").read_text())
+    assert [record["closest"][0][name] for name in ("generated", "train")] == ["\\xff3.png", "\\xff7.png"]
+
+
 def test_records_compare_if_training_and_held_out_pictures_are_the_same(nearest: Callable[..., Any], cli: CLI, world: Path) -> None:
     for name, generated, held_out in (("a", "drawn", "real"), ("b", "real", "real"), ("c", "drawn", "drawn")):
         Path(f"{name}.json").write_text(json.dumps(nearest(generated, "--train", "train", "--held-out", held_out)))
