@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from t2i_experts.shards.parallel import cores
+
 if TYPE_CHECKING:
     import torch
 
@@ -12,8 +14,7 @@ if TYPE_CHECKING:
 def check_pace(batch: int, workers: int | None) -> int:
     """The threads that decode pictures, this process's share of the cores if not given. Raises ValueError for less than one."""
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        workers = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     for name, value in (("batch", batch), ("workers", workers)):
         if value < 1:
             raise ValueError(f"--{name}={value} must be at least 1")
