@@ -134,8 +134,9 @@ def nearest(
     with without_collecting():
         from t2i_experts.config import check_threshold
         from t2i_experts.evaluation.features import FeatureOptions
-        from t2i_experts.evaluation.looking import Drawn, open_stored
+        from t2i_experts.evaluation.looking import Drawn, Stored
         from t2i_experts.evaluation.memorisation import Comparing, find_nearest
+        from t2i_experts.evaluation.pictures import find_pictures
         from t2i_experts.evaluation.processes import open_processes
         from t2i_experts.evaluation.protocol import PICTURES, Pace
         from t2i_experts.evaluation.records import made_by
@@ -147,7 +148,7 @@ def nearest(
     def open_generated() -> tuple[Source, int, dict[str, Any]]:
         """The pictures, the side at which they are compared if nobody says, and what decides them."""
         if generated is not None:
-            stored = open_stored(generated, "GENERATED")
+            stored = Stored(find_pictures(generated, "GENERATED"))
             return stored, stored.first_side(), {}
         listed = Sources(None, None, None, num, 0, None, prompts, "chosen").listed()
         pipeline = open_pipeline(model, str(place), dtype)
@@ -167,8 +168,8 @@ def nearest(
     started = time.perf_counter()
     with open_processes() as processes:
         place = processes.together(lambda: processes.device(device))
-        training = processes.together(lambda: open_stored(train, "--train"))
-        real = processes.together(lambda: None if held_out is None else open_stored(held_out, "--held-out"))
+        training = processes.together(lambda: Stored(find_pictures(train, "--train")))
+        real = processes.together(lambda: None if held_out is None else Stored(find_pictures(held_out, "--held-out")))
         if out is not None:
             processes.together(lambda: make_folder(out) if processes.main else None)  # what cannot be written is known before the work
         asked, side, decided = processes.together(open_generated)

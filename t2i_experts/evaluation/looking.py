@@ -6,17 +6,14 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from t2i_experts.evaluation.pictures import (
-    LOOKED_FOR,
     Picture,
     PictureSet,
     Unreadable,
-    find_pictures,
     printable,
     refuse_unreadable,
     set_hash,
@@ -137,13 +134,3 @@ class Drawn:
     def described(self, digests: Sequence[bytes]) -> dict[str, Any]:
         """See `Source`."""
         return {"path": "the sampler's pictures", "kind": "generated", "sha256": hashlib.sha256(b"".join(digests)).hexdigest()}
-
-
-def open_stored(path: Path, what: str) -> Stored:
-    """The pictures of a folder or of its shards. Raises ValueError, beginning with `what`, if there are none."""
-    if not path.is_dir():
-        raise ValueError(f"{what}={str(path)!r} is {'no folder' if path.exists() else 'not there'}")
-    pictures = find_pictures(path)
-    if not pictures.count:
-        raise ValueError(f"{what}={str(path)!r} holds no pictures; {LOOKED_FOR}")
-    return Stored(pictures)

@@ -19,7 +19,6 @@ from t2i_experts.shards.images import SOURCE_EXTENSIONS, whole
 from t2i_experts.shards.parallel import in_order
 from t2i_experts.shards.reader import ShardReader
 
-LOOKED_FOR = f"looked for tars, and for {', '.join(SOURCE_EXTENSIONS)}"
 _LISTED = 10
 _OTHER_FORMATS = ("avif", "heic", "heif", "jfif", "jp2", "jxl", "pbm", "pgm", "ppm", "psd", "svg", "tga")
 
@@ -84,22 +83,28 @@ class PictureSet:
 
 
 def open_pictures(path: Path, what: str) -> PictureSet:
-    """Those under a folder, or those of its shards if it holds tars. Raises ValueError, beginning with `what`, for fewer than two."""
-    if not path.is_dir():
-        raise ValueError(f"{what}={str(path)!r} is {'neither a folder nor an .npz file' if path.exists() else 'not there'}")
-    if any(path.glob("[!.]*.tar")) and (beside := next(walk(path, SOURCE_EXTENSIONS), None)) is not None:
-        raise ValueError(f"{what}={str(path)!r} holds tars and, beside them, pictures such as {beside.name}: which are meant?")
-    pictures = find_pictures(path)
+    """`find_pictures` of which a distance can be taken. Raises ValueError as that, and for captions without their pictures."""
+    if path.is_file():
+        raise ValueError(f"{what}={str(path)!r} is neither a folder nor an .npz file")
+    pictures = find_pictures(path, what, fewest=2)
     _refuse_captions_alone(path, pictures.names)
-    if pictures.count < 2:
-        kinds = f"; {LOOKED_FOR}" if not pictures.count else ""
-        raise ValueError(f"{what}={str(path)!r} holds {pictures.count} pictures, and a distance needs at least 2{kinds}")
     return pictures
 
 
-def find_pictures(path: Path) -> PictureSet:
-    """Those of a folder's shards if it holds tars, else those under it, of which there may be none."""
-    return _of_shards(path) if any(path.glob("[!.]*.tar")) else _of_folder(path)
+def find_pictures(path: Path, what: str, *, fewest: int = 1) -> PictureSet:
+    """Those of a folder's shards if it holds tars, else those under it. Raises ValueError, beginning with `what`, if there are fewer, and
+    for tars beside pictures."""
+    if not path.is_dir():
+        raise ValueError(f"{what}={str(path)!r} is {'no folder' if path.exists() else 'not there'}")
+    tars = any(path.glob("[!.]*.tar"))
+    if tars and (beside := next(walk(path, SOURCE_EXTENSIONS), None)) is not None:
+        raise ValueError(f"{what}={str(path)!r} holds tars and, beside them, pictures such as {beside.name}: which are meant?")
+    pictures = _of_shards(path) if tars else _of_folder(path)
+    if pictures.count < fewest:
+        found = "no pictures" if fewest == 1 else f"{pictures.count} pictures, and a distance needs at least {fewest}"
+        kinds = "" if pictures.count else f"; looked for tars, and for {', '.join(SOURCE_EXTENSIONS)}"
+        raise ValueError(f"{what}={str(path)!r} holds {found}{kinds}")
+    return pictures
 
 
 def _of_folder(path: Path) -> PictureSet:
