@@ -69,6 +69,28 @@ class PictureSet:
         with ThreadPoolExecutor(workers) as pool:
             yield from in_order(pool, workers, self.decoded, range(self.count) if indices is None else indices)
 
+    def batches(
+        self, indices: range, batch: int, workers: int, unreadable: list[Unreadable], progress: Callable[[int, int], None]
+    ) -> Iterator[list[Picture]]:
+        """The pictures of some indices in their order, `batch` together. From the first that cannot be read on there is none, and the rest
+        is read only to add to `unreadable` what else is broken. progress: is told (pictures done, in all)."""
+        waiting: list[Picture] = []
+        progress(0, len(indices))
+        for done, picture in enumerate(self.read(workers, indices), start=1):
+            match picture:
+                case Picture():
+                    waiting.append(picture)
+                case Unreadable():
+                    unreadable.append(picture)
+            if len(waiting) == batch and not unreadable:
+                yield waiting
+                waiting = []
+            elif unreadable:
+                waiting.clear()
+            progress(done, len(indices))
+        if waiting:
+            yield waiting
+
     def decoded(self, index: int) -> Picture | Unreadable:
         """The picture with some index."""
         try:

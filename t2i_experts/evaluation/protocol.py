@@ -19,7 +19,7 @@ from t2i_experts.evaluation.features import FeatureExtractor, FeatureOptions, ch
 from t2i_experts.evaluation.frechet import FEWEST_TO_EXTRAPOLATE, frechet_infinity, gaussian_distance
 from t2i_experts.evaluation.gathering import FeatureGatherer
 from t2i_experts.evaluation.kid import kernel_distance
-from t2i_experts.evaluation.pictures import Picture, PictureSet, Unreadable, open_pictures, refuse_unreadable, set_hash
+from t2i_experts.evaluation.pictures import PictureSet, Unreadable, open_pictures, refuse_unreadable, set_hash
 from t2i_experts.evaluation.precision_recall import precision_recall
 from t2i_experts.evaluation.processes import ALONE, Processes, connected, interleaved_tensors
 from t2i_experts.evaluation.statistics import Gaussian, load_statistics
@@ -136,31 +136,14 @@ def measure_pictures(
     digests: list[bytes] = []
     sides: list[int] = []
     unreadable: list[Unreadable] = []
-    waiting: list[Picture] = []
-
-    def flush() -> None:
-        if waiting:
-            batch = prepared(extractor.prepare, [picture.pixels for picture in waiting], pace.device)
-            gathered.add(batch, [picture.name for picture in waiting])
-            waiting.clear()
 
     def read() -> None:
-        progress(0, len(share))
-        for done, picture in enumerate(pictures.read(pace.workers, share), start=1):
-            match picture:
-                case Picture(pixels, digest):
-                    waiting.append(picture)
-                    digests.append(digest)
-                    sides.append(min(pixels.shape[1:]))
-                case Unreadable():
-                    unreadable.append(picture)
-            if unreadable:  # there will be no number: the rest is read to list what else is broken
-                waiting.clear()
-            elif len(waiting) == pace.batch:
-                flush()
-            progress(done, len(share))
+        for some in pictures.batches(share, pace.batch, pace.workers, unreadable, progress):
+            digests.extend(picture.digest for picture in some)
+            sides.extend(min(picture.pixels.shape[1:]) for picture in some)
+            batch = prepared(extractor.prepare, [picture.pixels for picture in some], pace.device)
+            gathered.add(batch, [picture.name for picture in some])
         if not unreadable:
-            flush()
             gathered.finish()
 
     processes.agree(f"the pictures of {pictures.path}", pictures.listing)
