@@ -188,7 +188,8 @@ def _difference(first: Number | None, other: Number | None, blocked: bool) -> Di
 
 def _paired_error(first: Values | None, other: Values | None) -> float | None:
     """The standard error of the difference of two ratios of sums over the same pictures, by their residuals (Cochran 1977, 6.4); None if
-    the pictures are not the same or only one."""
+    the pictures are not the same or only one, and where all differ by the same: three claims that fail here and hold there are no
+    certainty."""
     if first is None or other is None or set(first) != set(other) or len(first) < 2:
         return None
     if any(first[key][1] != other[key][1] for key in first):
@@ -199,6 +200,8 @@ def _paired_error(first: Values | None, other: Values | None) -> float | None:
         return None
     mean = math.fsum(value for value, _ in pairs) / whole
     scatter = math.fsum((value - mean * weight) ** 2 for value, weight in pairs)
+    if mean and not scatter:
+        return None
     return math.sqrt(scatter * count / (count - 1)) / whole
 
 
@@ -255,10 +258,12 @@ def _seen(decided: Mapping[str, Any]) -> dict[str, Any]:
 def _coco(record: Mapping[str, Any], path: Path) -> dict[str, Number]:
     numbers, decided = _distances(record, path), record["decided_by"]
     kept = read_values(path, record["values"]) if "values" in record else None
+    called = [metric.get("name", key) for key, metric in decided["metrics"].items()]
     for key, score in record.get("scores", {}).items():
         metric = decided["metrics"][key]
+        name = metric.get("name", key)
         needs = {**_network(metric, f"metrics.{key}"), "count": score["count"], "pictures": record["pictures"], **_seen(decided)}
-        numbers[metric.get("name", key)] = Number(score["mean"], score["error"], needs, _ones(kept, key))
+        numbers[name if called.count(name) == 1 else f"{name} ({key})"] = Number(score["mean"], score["error"], needs, _ones(kept, key))
     return numbers
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from t2i_experts.evaluation.records import made_by
+
 CLI = Callable[..., tuple[int, str, str]]
 CLIP = ("--model", "clip", "--device", "cpu", "--json")
 FID = ("--features", "open_clip", *CLIP)
@@ -114,6 +116,22 @@ def test_what_does_not_compare_is_refused_by_name(
         assert code == 2
     else:
         assert code == 0 and f"A and B do not compare: {said}" in err and "CLIP-FID" in out
+
+
+def test_a_few_claims_that_all_change_are_no_certainty(cli: CLI, folder: Path) -> None:
+    """Picture by picture the differences do not scatter; the errors of both scores remain, which count how few there are."""
+    for name, right in (("a", False), ("b", True)):
+        record = {
+            **made_by("eval judge"),
+            "scores": {"count": {"right": float(right), "standard_error": 0.3}},
+            "judge": {"fingerprint": "f"},
+            "prompts": {"sha256": "p"},
+            "num": 3,
+            "pictures": [{"claims": [["count", "owl", "2", right]]} for _ in range(3)],
+        }
+        Path(f"{name}.json").write_text(json.dumps(record))
+    found = json.loads(cli("eval", "compare", "a.json", "b.json", "--json")[1])["differences"]["count"][0]
+    assert found["value"] == 1.0 and not found["paired"] and found["error"] == pytest.approx(0.3 * 2**0.5)
 
 
 def test_an_extrapolated_distance_has_no_verdict(kept: Callable[..., Any], cli: CLI) -> None:
