@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, what_decides
+from t2i_experts.cli.evaluating import FeaturesModel, Seed
 from t2i_experts.cli.generate import make_folder
 from t2i_experts.cli.importing import without_collecting
 from t2i_experts.cli.measuring import check_pace, machine
@@ -62,7 +63,7 @@ def nearest(
     ] = None,
     num: Annotated[int | None, typer.Option(help="Of the prompts; all if not given.", show_default=False)] = None,
     model: Model = None,
-    seed: Annotated[int, typer.Option(help="With its place in the list, decides the noise of a picture.")] = 0,
+    seed: Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
     sampler: Sampler = None,
@@ -80,9 +81,7 @@ def nearest(
     protocol: Protocol = None,
     resize: Resize = None,
     weights: Weights = None,
-    features_model: Annotated[
-        str | None, typer.Option(help="Of open_clip: embedded:clip, a folder, hf-hub:ID or an architecture.", show_default=False)
-    ] = None,
+    features_model: FeaturesModel = None,
     resolution: Annotated[
         int | None,
         typer.Option(help="Side of the square as which all pictures are compared; that of GENERATED if not given.", show_default=False),
