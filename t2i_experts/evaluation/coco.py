@@ -94,7 +94,7 @@ class Evaluation:
         model["encoders"] = {name: conditioner.fingerprint(name) for name in conditioner.names}
         model["codec_sha256"] = self._codec_sha256
         config = to_plain(self.drawing.pipeline.base.config)  # the fingerprint is of the weights, which another config makes another model
-        model |= {name: config[name] for name in ("network", "noise")}
+        model["config"] = {name: config[name] for name in ("network", "noise")}
         return {"prompts": self.drawing.prompts.sha256, "seed": self.drawing.seed, **facts, "model": model, **self.networks.made()}
 
     @cached_property

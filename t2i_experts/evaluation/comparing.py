@@ -121,7 +121,7 @@ def read_measured(path: Path) -> Measured:
     if not numbers:
         raise ValueError(f"{path} holds no number: {made['command']} was asked for none, or only for a dry run")
     decided = {**record, **record.get("decided_by", {})}
-    decided |= {"model": {**record["model"], **decided["model"]}} if "model" in record else {}
+    decided |= {"model": {**decided["model"], **record["model"]}} if "model" in record else {}
     return Measured(path, made["command"], numbers, flat({name: decided[name] for name in _MAY_DIFFER if name in decided}))
 
 

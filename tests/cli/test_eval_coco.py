@@ -193,7 +193,7 @@ def test_what_names_and_weights_do_not_say_is_not_taken_for_the_same(coco: Calla
     plain["noise"]["sigma_data"] = 0.25
     config.write_text(json.dumps(plain))
     code, _, err = cli("eval", "coco", *CHOSEN, *short, "--model", "other", "--out", "out")
-    assert code == 2 and "model.noise.sigma_data is 0.5 there and 0.25 here" in err
+    assert code == 2 and "model.config.noise.sigma_data is 0.5 there and 0.25 here" in err
     before = (world / "saved/generated/000000.png").read_bytes()
     coco(*CHOSEN, "--num", 4, "--steps", 1, "--seed", 1, "--out", "again")
     code, _, err = cli("eval", "coco", *CHOSEN, *short, "--model", "model", "--seed", 1, "--out", "again", "--save-images", "saved")
@@ -320,7 +320,7 @@ def test_hosts_with_different_models_or_pictures_at_the_same_place_are_told_apar
         return command(*wanted[:-1], world / "out")(rank)
 
     (code, out, err), others = launched(2, on_its_host, world)
-    assert (code, out, others) == (2, "", (2, "", "")) and "model.noise.sigma_data is 0.5 in process 0 and 0.25 in 1" in err
+    assert (code, out, others) == (2, "", (2, "", "")) and "model.config.noise.sigma_data is 0.5 in process 0 and 0.25 in 1" in err
     assert not [*(world / "out").rglob("*.npz")]
 
 
