@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ from t2i_experts.evaluation.pictures import open_pictures
 from t2i_experts.evaluation.protocol import Comparison, MeasuredSet, Pace, compare, measure_images, measure_pictures
 from t2i_experts.evaluation.squeezenet import SqueezeNet
 from t2i_experts.shards.images import whole
+from t2i_experts.shards.parallel import cores
 
 NETWORKS: dict[str, type[nn.Module]] = {"inception": InceptionFID, "squeezenet": SqueezeNet}
 
@@ -44,13 +44,13 @@ def bench_fid(
 
     Raises RuntimeError unless both ways give the same features.
     """
-    for name, value in (("images", images - 1), ("side", side), ("batch-size", batch_size), ("workers", workers or 1)):
-        if value < 1:
-            raise ValueError(f"--{name}={value + (name == 'images')} must be at least {1 + (name == 'images')}")
+    for name, value, least in (("images", images, 2), ("side", side, 1), ("batch-size", batch_size, 1), ("workers", workers, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"--{name}={value} must be at least {least}")
     if features not in NETWORKS:
         raise ValueError(f"--features={features!r}; allowed: {', '.join(NETWORKS)}")
     place = bench_device(device)
-    pace = Pace(place, batch_size, workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+    pace = Pace(place, batch_size, workers or cores())
     held = _pictures(images, side).to(place)
     with tempfile.TemporaryDirectory() as name:
         extractor = _random_network(features, Path(name) / "weights.pth", place)
@@ -68,7 +68,7 @@ def bench_fid(
             },
             place,
             repeats=repeats,
-            warmup=0,  # both have been called
+            warmup=0,  # all networks have been called
         )
     rows = [Row(name, timing, more={"images/s": images / timing.median}) for name, timing in timings.items()]
     rows[1] = Row("in memory", timings["in memory"], ratio=timings["PNG files"].median / timings["in memory"].median, more=rows[1].more)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from t2i_experts import __version__
 from t2i_experts.cascade.device import open_device
+from t2i_experts.shards.parallel import cores
 
 
 def bench_device(name: str | None) -> torch.device:
@@ -23,5 +23,10 @@ def bench_device(name: str | None) -> torch.device:
 def describe(device: torch.device) -> dict[str, Any]:
     """The machine and the versions that a result belongs to."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"device": name, "CPU cores": cores, "threads": torch.get_num_threads(), "torch": torch.__version__, "t2i-experts": __version__}
+    return {
+        "device": name,
+        "CPU cores": cores(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "t2i-experts": __version__,
+    }

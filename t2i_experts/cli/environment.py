@@ -14,6 +14,7 @@ from pathlib import Path
 
 from t2i_experts import __version__
 from t2i_experts.cli.findings import Finding, size
+from t2i_experts.shards.parallel import cores
 
 DISTRIBUTION = "t2i-experts"
 EXTRAS = {
@@ -106,8 +107,7 @@ def devices() -> list[Finding]:
         text = f"{facts.name}, {size(facts.total_memory)}, bfloat16 {'yes' if bf16 else 'no'}"
         value = {"name": facts.name, "memory": facts.total_memory, "bf16": bf16}
         rows.append(Finding(f"GPU {i}", text, value, note="" if bf16 else f"GPU {i} has no bfloat16: training.precision=fp32"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    rows.append(Finding("CPU cores", str(cores), cores))
+    rows.append(Finding("CPU cores", str(cores()), cores()))
     rows.append(Finding("memory", size(main_memory()), main_memory()))
     return rows
 

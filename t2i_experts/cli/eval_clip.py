@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from t2i_experts.cli.eval_score import Batch, Captions, Device, Pictures, Values, measure
-from t2i_experts.cli.options import Json, Workers
+from t2i_experts.cli.eval_score import Batch, Captions, Pictures, Values, measure
+from t2i_experts.cli.options import Device, Json, Workers
 
 
 def clip(

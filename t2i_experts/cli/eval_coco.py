@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-from t2i_experts.cli.distances import distance_lines
 from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, what_decides
 from t2i_experts.cli.evaluating import (
     LOOKED_AT_TOGETHER,
@@ -39,7 +38,7 @@ from t2i_experts.cli.evaluating import (
     use_device,
 )
 from t2i_experts.cli.importing import without_collecting
-from t2i_experts.cli.measuring import check_pace, machine
+from t2i_experts.cli.measuring import check_pace, distance_lines, machine
 from t2i_experts.cli.options import (
     BatchSize,
     Compile,

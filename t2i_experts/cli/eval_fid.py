@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from t2i_experts.cli.distances import distance_lines
-from t2i_experts.cli.measuring import check_pace, machine
-from t2i_experts.cli.options import Features, Json, Kid, PrecisionRecall, Protocol, Resize, Weights, Workers, one_voice
+from t2i_experts.cli.measuring import check_pace, distance_lines, machine
+from t2i_experts.cli.options import Device, Features, Json, Kid, PrecisionRecall, Protocol, Resize, Weights, Workers, one_voice
 from t2i_experts.cli.progress import no_bar, progress_bar
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def fid(
     ] = None,
     batch: Annotated[int, typer.Option(help="Pictures that go through the network together.")] = 32,
     seed: Annotated[int, typer.Option(help="Of the subsets that --kid and --infinity draw.")] = 2020,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first GPU if not given.", show_default=False)] = None,
+    device: Device = None,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:

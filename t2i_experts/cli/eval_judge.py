@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, what_decides
+from t2i_experts.cli.generate import make_folder, slug
 from t2i_experts.cli.importing import without_collecting
 from t2i_experts.cli.measuring import machine
 from t2i_experts.cli.options import BatchSize, Device, Dtype, Guidance, Json, Model, Sampler, Steps, Threshold, one_voice
@@ -82,6 +83,8 @@ def judge(
             return trained, pipeline, settings
 
         trained, pipeline, settings = processes.together(load)
+        if out is not None:
+            processes.together(lambda: make_folder(out) if processes.main else None)  # what cannot be written is known before the work
         with (progress_bar if processes.main else no_bar)("drawing") as progress:
             judged = draw_and_judge(
                 pipeline,
@@ -117,9 +120,8 @@ def _write(folder: Path, judged: Judged, result: dict[str, Any]) -> None:
     """The pictures, NUMBER-PROMPT.png, sheet.png and result.json with the verdict on each picture."""
     from t2i_experts.cascade.picture import save_png, to_pil
     from t2i_experts.charts import draw_captioned
-    from t2i_experts.cli.generate import make_folder, slug
+    from t2i_experts.evaluation.records import write_json
 
-    make_folder(folder)
     facts = {key: result[key] for key in ("seed", "sampling", "model", "dtype", "device", "t2i_experts")}
     pictures = []
     for i, (image, verdict) in enumerate(zip(judged.images, judged.verdicts(), strict=True)):
@@ -128,5 +130,4 @@ def _write(folder: Path, judged: Judged, result: dict[str, Any]) -> None:
         pictures.append({"picture": name, **verdict})
     shown = [(to_pil(image), caption) for image, caption in zip(judged.images[:_SHOWN], judged.captions()[:_SHOWN], strict=True)]
     draw_captioned(shown, columns=8, side=160, lines=8).save(folder / "sheet.png")
-    text = json.dumps({**result, "pictures": pictures}, ensure_ascii=False)
-    (folder / "result.json").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "result.json", {**result, "pictures": pictures})

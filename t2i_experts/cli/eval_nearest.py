@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, what_decides
+from t2i_experts.cli.evaluating import FeaturesModel, Seed
+from t2i_experts.cli.generate import make_folder
 from t2i_experts.cli.importing import without_collecting
 from t2i_experts.cli.measuring import check_pace, machine
 from t2i_experts.cli.options import (
@@ -61,7 +63,7 @@ def nearest(
     ] = None,
     num: Annotated[int | None, typer.Option(help="Of the prompts; all if not given.", show_default=False)] = None,
     model: Model = None,
-    seed: Annotated[int, typer.Option(help="With its place in the list, decides the noise of a picture.")] = 0,
+    seed: Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
     sampler: Sampler = None,
@@ -79,9 +81,7 @@ def nearest(
     protocol: Protocol = None,
     resize: Resize = None,
     weights: Weights = None,
-    features_model: Annotated[
-        str | None, typer.Option(help="Of open_clip: embedded:clip, a folder, hf-hub:ID or an architecture.", show_default=False)
-    ] = None,
+    features_model: FeaturesModel = None,
     resolution: Annotated[
         int | None,
         typer.Option(help="Side of the square as which all pictures are compared; that of GENERATED if not given.", show_default=False),
@@ -133,8 +133,9 @@ def nearest(
     with without_collecting():
         from t2i_experts.config import check_threshold
         from t2i_experts.evaluation.features import FeatureOptions
-        from t2i_experts.evaluation.looking import Drawn, open_stored
+        from t2i_experts.evaluation.looking import Drawn, Stored
         from t2i_experts.evaluation.memorisation import Comparing, find_nearest
+        from t2i_experts.evaluation.pictures import find_pictures
         from t2i_experts.evaluation.processes import open_processes
         from t2i_experts.evaluation.protocol import PICTURES, Pace
         from t2i_experts.evaluation.records import made_by
@@ -146,7 +147,7 @@ def nearest(
     def open_generated() -> tuple[Source, int, dict[str, Any]]:
         """The pictures, the side at which they are compared if nobody says, and what decides them."""
         if generated is not None:
-            stored = open_stored(generated, "GENERATED")
+            stored = Stored(find_pictures(generated, "GENERATED"))
             return stored, stored.first_side(), {}
         listed = Sources(None, None, None, num, 0, None, prompts, "chosen").listed()
         pipeline = open_pipeline(model, str(place), dtype)
@@ -166,8 +167,10 @@ def nearest(
     started = time.perf_counter()
     with open_processes() as processes:
         place = processes.together(lambda: processes.device(device))
-        training = processes.together(lambda: open_stored(train, "--train"))
-        real = processes.together(lambda: None if held_out is None else open_stored(held_out, "--held-out"))
+        training = processes.together(lambda: Stored(find_pictures(train, "--train")))
+        real = processes.together(lambda: None if held_out is None else Stored(find_pictures(held_out, "--held-out")))
+        if out is not None:
+            processes.together(lambda: make_folder(out) if processes.main else None)  # what cannot be written is known before the work
         asked, side, decided = processes.together(open_generated)
         first = processes.together(lambda: load() if processes.local_rank == 0 else None)  # what is downloaded is downloaded once a host
         how = processes.together(lambda: first or load())

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from t2i_experts.cli.measuring import check_pace, machine
-from t2i_experts.cli.options import Json, Workers, complete_metric, one_voice
+from t2i_experts.cli.options import Device, Json, Workers, complete_metric, one_voice
 from t2i_experts.cli.progress import no_bar, progress_bar
 
 _NAMED = 5  # captions that are too long
@@ -27,7 +27,6 @@ Captions = Annotated[
     ),
 ]
 Batch = Annotated[int, typer.Option(help="Pictures that go through the network together.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first GPU if not given.", show_default=False)]
 Values = Annotated[
     Path | None, typer.Option(help="Also write the value of each picture to this CSV, which eval compare reads.", show_default=False)
 ]

@@ -1,4 +1,5 @@
-"""What `eval coco` and `eval sweep` share: the options that say what a model is measured on and how, and what these open."""
+"""What `eval coco` and `eval sweep` share: the options that say what a model is measured on and how, and what these open. Some of them
+`eval nearest` has, too."""
 
 from __future__ import annotations
 

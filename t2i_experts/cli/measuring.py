@@ -1,9 +1,12 @@
-"""What the commands that measure pictures share: how fast they go, and what they say of the machine."""
+"""What the commands that measure pictures share: how fast they go, and what they say of the machine and of distances."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from t2i_experts.shards.parallel import cores
 
 if TYPE_CHECKING:
     import torch
@@ -12,8 +15,7 @@ if TYPE_CHECKING:
 def check_pace(batch: int, workers: int | None) -> int:
     """The threads that decode pictures, this process's share of the cores if not given. Raises ValueError for less than one."""
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        workers = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     for name, value in (("batch", batch), ("workers", workers)):
         if value < 1:
             raise ValueError(f"--{name}={value} must be at least 1")
@@ -30,3 +32,19 @@ def machine(device: torch.device) -> dict[str, Any]:
 
     packages = {name: version(name) for name in ("torch", "numpy", "pillow", "open-clip-torch")}
     return {"machine": describe(device), "versions": {**packages, "libjpeg-turbo": features.version("libjpeg_turbo")}}
+
+
+def distance_lines(numbers: Mapping[str, Any], name: str, dimension: int, counts: Mapping[str, int | None]) -> list[str]:
+    """The distance, called by its name, and the numbers beside it, for people. counts: of pictures, by what the sets are called."""
+    lines = [f"{name} {numbers['distance']:.4f}"]
+    few = [f"{what} has {count:,}" for what, count in counts.items() if count is not None and count <= dimension]
+    if few:
+        lines.append(f"  with few pictures it is far too large: {', '.join(few)} for {dimension:,} dimensions")
+    if "infinity" in numbers:
+        lines.append(f"{name} of infinitely many pictures {numbers['infinity']['value']:.4f} +- {numbers['infinity']['error']:.4f}")
+    if "kid" in numbers:
+        lines.append("KID {mean:.6f} +- {spread:.6f} ({subsets} subsets of {size})".format(**numbers["kid"]))
+    if "precision_recall" in numbers:
+        shown = "precision {precision:.4f}, recall {recall:.4f} ({neighbours} nearest neighbours)"
+        lines.append(shown.format(**numbers["precision_recall"]))
+    return lines

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ import typer
 from t2i_experts.cli.options import Json, Workers, complete_config, group
 from t2i_experts.cli.progress import progress_bar
 from t2i_experts.cli.shards_embed import embed
+from t2i_experts.shards.parallel import cores
 
 if TYPE_CHECKING:
     from t2i_experts.shards.check import CheckReport
@@ -360,7 +360,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def _workers(workers: int | None) -> int:
-    return workers if workers is not None else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores() if workers is None else workers
 
 
 def _summary(manifest: Manifest) -> str:

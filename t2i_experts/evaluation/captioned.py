@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from t2i_experts.evaluation.pictures import LOOKED_FOR, PictureSet, Stored, find_pictures, walk
+from t2i_experts.evaluation.pictures import PictureSet, Stored, find_pictures, walk
 from t2i_experts.shards.format import not_utf8
 
 _LISTED = 10
@@ -34,11 +34,7 @@ def open_captioned(path: Path, captions: Path | None = None) -> CaptionedPicture
 
     Raises ValueError for what is not there, pictures without captions and captions without pictures.
     """
-    if not path.is_dir():
-        raise ValueError(f"PICTURES={str(path)!r} is {'no folder' if path.exists() else 'not there'}")
-    pictures = find_pictures(path)
-    if not pictures.count:
-        raise ValueError(f"PICTURES={str(path)!r} holds no pictures; {LOOKED_FOR}")
+    pictures = find_pictures(path, "PICTURES")
     if pictures.kind == "shards":
         if captions is not None:
             raise ValueError(f"--captions {captions} has no meaning for the shards of {path}, which hold their captions themselves")

@@ -11,17 +11,19 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from t2i_experts.conditioning.frozen import fingerprint
 from t2i_experts.config import to_plain
 from t2i_experts.evaluation.frechet import FEWEST_TO_EXTRAPOLATE
 from t2i_experts.evaluation.metrics import mean_score
 from t2i_experts.evaluation.originals import Originals
-from t2i_experts.evaluation.parts import Parts
+from t2i_experts.evaluation.parts import Parts, check_work, open_work
 from t2i_experts.evaluation.pictures import set_hash
 from t2i_experts.evaluation.processes import Processes
 from t2i_experts.evaluation.prompts import PromptList
@@ -90,7 +92,15 @@ class Evaluation:
         facts, conditioner = self.drawing.facts, self.drawing.pipeline.model.conditioner
         model = {name: value for name, value in facts["model"].items() if name != "source"}  # a place
         model["encoders"] = {name: conditioner.fingerprint(name) for name in conditioner.names}
+        model["codec_sha256"] = self._codec_sha256
+        config = to_plain(self.drawing.pipeline.base.config)  # the fingerprint is of the weights, which another config makes another model
+        model["config"] = {name: config[name] for name in ("network", "noise")}
         return {"prompts": self.drawing.prompts.sha256, "seed": self.drawing.seed, **facts, "model": model, **self.networks.made()}
+
+    @cached_property
+    def _codec_sha256(self) -> str | None:
+        codec = self.drawing.pipeline.base.codec
+        return None if codec.model is None else fingerprint(codec.model)
 
     def described(self) -> dict[str, Any]:
         """What is known before the first picture is drawn."""
@@ -112,6 +122,8 @@ class Evaluation:
         """Raises ValueError if the folders hold what something else decided."""
         for parts in self._parts():
             parts.check()
+            if (saved := self._saved(parts.folder.name)) is not None:
+                check_work(saved, ".png", saved.with_suffix(".json"), parts.decided())
         there = read_json(self.out / RESULT)
         found = [] if there is None else differences(there.get("decided_by", {}), self.decided())
         if found:
@@ -121,6 +133,8 @@ class Evaluation:
         """Makes the folders, and writes down which prompts there are. Only one process may. Raises ValueError if that is not possible."""
         for parts in self._parts():
             parts.open()
+            if (saved := self._saved(parts.folder.name)) is not None:
+                open_work(saved, ".png", saved.with_suffix(".json"), parts.decided())
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / IDS).write_text(self.drawing.prompts.csv(), encoding="utf-8", newline="")
@@ -136,9 +150,12 @@ class Evaluation:
     def do(self, processes: Processes, bar: Callable[[str], AbstractContextManager[Progress]]) -> None:
         """Makes this process's share of what is missing, the reference first: what is wrong there is found before hours of drawing.
 
-        Raises ValueError, in every process, for what is wrong in one of them, when all have done their shares.
+        Raises ValueError, in every process, for what is wrong in one of them, when all have done their shares; before any does, if they
+        would not do the same work, as with another model at the same place of another host.
         """
         reference, generated = self._reference(), self._generated()
+        processes.agree("what decides the pictures", generated.decided())
+        processes.agree("what decides the reference", {} if reference is None else reference.decided())
         of = f" ({processes.count} processes)" if processes.count > 1 else ""
         if reference is not None and self.originals is not None:
             originals, saved = self.originals, self._saved("reference")

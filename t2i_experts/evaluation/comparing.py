@@ -121,7 +121,7 @@ def read_measured(path: Path) -> Measured:
     if not numbers:
         raise ValueError(f"{path} holds no number: {made['command']} was asked for none, or only for a dry run")
     decided = {**record, **record.get("decided_by", {})}
-    decided |= {"model": {**record["model"], **decided["model"]}} if "model" in record else {}
+    decided |= {"model": {**decided["model"], **record["model"]}} if "model" in record else {}
     return Measured(path, made["command"], numbers, flat({name: decided[name] for name in _MAY_DIFFER if name in decided}))
 
 
@@ -188,7 +188,8 @@ def _difference(first: Number | None, other: Number | None, blocked: bool) -> Di
 
 def _paired_error(first: Values | None, other: Values | None) -> float | None:
     """The standard error of the difference of two ratios of sums over the same pictures, by their residuals (Cochran 1977, 6.4); None if
-    the pictures are not the same or only one."""
+    the pictures are not the same or only one, and where all differ by the same: three claims that fail here and hold there are no
+    certainty."""
     if first is None or other is None or set(first) != set(other) or len(first) < 2:
         return None
     if any(first[key][1] != other[key][1] for key in first):
@@ -199,6 +200,8 @@ def _paired_error(first: Values | None, other: Values | None) -> float | None:
         return None
     mean = math.fsum(value for value, _ in pairs) / whole
     scatter = math.fsum((value - mean * weight) ** 2 for value, weight in pairs)
+    if mean and not scatter:
+        return None
     return math.sqrt(scatter * count / (count - 1)) / whole
 
 
@@ -231,13 +234,13 @@ def _distances(record: Mapping[str, Any], path: Path) -> dict[str, Number]:
     if "infinity" in record:
         found = record["infinity"]
         counts = {"infinity.counts": ", ".join(map(str, found["counts"]))}
-        numbers[f"{name} infinity"] = Number(found["value"], found["error"], {**needs, **counts})
+        # the error of the line through subsets of the same pictures, which is less than that of the pictures
+        numbers[f"{name} infinity"] = Number(found["value"], None, {**needs, **counts})
     if "kid" in record:
         found = record["kid"]
         drawn = {f"kid.{key}": found[key] for key in ("subsets", "size")}
-        numbers["KID"] = Number(
-            found["mean"], None, {**needs, **drawn}
-        )  # its spread is that of subsets, which overlap: no error of the mean
+        # its spread is that of subsets, which overlap: no error of the mean
+        numbers["KID"] = Number(found["mean"], None, {**needs, **drawn})
     if "precision_recall" in record:
         found = record["precision_recall"]
         k = {"precision_recall.neighbours": found["neighbours"]}
@@ -255,10 +258,12 @@ def _seen(decided: Mapping[str, Any]) -> dict[str, Any]:
 def _coco(record: Mapping[str, Any], path: Path) -> dict[str, Number]:
     numbers, decided = _distances(record, path), record["decided_by"]
     kept = read_values(path, record["values"]) if "values" in record else None
+    called = [metric.get("name", key) for key, metric in decided["metrics"].items()]
     for key, score in record.get("scores", {}).items():
         metric = decided["metrics"][key]
+        name = metric.get("name", key)
         needs = {**_network(metric, f"metrics.{key}"), "count": score["count"], "pictures": record["pictures"], **_seen(decided)}
-        numbers[metric.get("name", key)] = Number(score["mean"], score["error"], needs, _ones(kept, key))
+        numbers[name if called.count(name) == 1 else f"{name} ({key})"] = Number(score["mean"], score["error"], needs, _ones(kept, key))
     return numbers
 
 

@@ -46,7 +46,7 @@ def gaussian_distance(first: Gaussian, second: Gaussian) -> float:
 @dataclass(frozen=True)
 class InfiniteFrechet:
     """value: the distance that a straight line through (1 / count, distance) has at 1 / count = 0. error: its standard error, from how
-    far the points lie off the line. counts, distances: the points."""
+    far the points lie off the line; not that of other images, since all points are made of the same ones. counts, distances: the points."""
 
     value: float
     error: float

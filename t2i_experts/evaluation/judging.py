@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from t2i_experts.config import SamplingConfig
 from t2i_experts.evaluation.composition import Claim, Prompt, holds, scores
 from t2i_experts.evaluation.generation import draw
 from t2i_experts.evaluation.judge import Judge, Reading
-from t2i_experts.evaluation.processes import ALONE, Processes
+from t2i_experts.evaluation.processes import ALONE, Processes, interleaved, interleaved_tensors
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,18 @@ def draw_and_judge(
     progress: called with the number of pictures that are drawn, and that of all. processes: share the pictures; all but the main one get
     None. Raises what was raised in any of them.
     """
+    processes.agree(
+        "what decides the pictures and the verdicts",
+        {
+            "model": pipeline.model.fingerprint,
+            "judge": judge.fingerprint,
+            "prompts": [prompt.text for prompt in prompts],
+            "dtype": str(pipeline.dtype),
+            "device": pipeline.device.type,
+            "sampling": None if sampling is None else asdict(sampling),
+            "seed": seed,
+        },
+    )
     share = processes.share(len(prompts))
     images: list[Tensor] = []
 
@@ -84,11 +95,10 @@ def draw_and_judge(
         return judge(torch.cat(images)) if images else []
 
     readings = processes.together(look)
-    mine = [*zip(share, itertools.chain(*images), readings, strict=True)]
-    drawn = sorted(itertools.chain(*processes.gather(mine)), key=lambda one: one[0])
+    shares = processes.gather((torch.cat(images) if images else None, readings))  # one tensor: of a view, the whole would be sent
     if not processes.main:
         return None
-    return Judged(prompts, torch.stack([image for _, image, _ in drawn]), [reading for _, _, reading in drawn])
+    return Judged(prompts, interleaved_tensors([own for own, _ in shares]), interleaved([own for _, own in shares]))
 
 
 def table(judged: Judged, judge: Judge) -> str:

@@ -6,12 +6,18 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from t2i_experts.evaluation.pictures import LOOKED_FOR, Picture, PictureSet, Unreadable, find_pictures, refuse_unreadable, set_hash
+from t2i_experts.evaluation.pictures import (
+    Picture,
+    PictureSet,
+    Unreadable,
+    printable,
+    refuse_unreadable,
+    set_hash,
+)
 from t2i_experts.evaluation.seeing import Drawing
 from t2i_experts.evaluation.squares import centre_square
 from t2i_experts.shards.parallel import in_order
@@ -36,6 +42,11 @@ class Source(Protocol):
         """Of the pictures."""
         ...
 
+    @property
+    def listing(self) -> Any:
+        """What is known of all of them before any is looked at, as JSON's plain values."""
+        ...
+
     def squares(self, indices: Sequence[int], resolution: int, workers: int) -> Iterator[Shown]:
         """Of these pictures, in this order. Raises ValueError if any cannot be had."""
         ...
@@ -56,13 +67,19 @@ class Stored:
         """See `Source`."""
         return self.pictures.count
 
+    @property
+    def listing(self) -> str:
+        """See `Source`."""
+        return self.pictures.listing
+
     def squares(self, indices: Sequence[int], resolution: int, workers: int) -> Iterator[Shown]:
         """See `Source`. Pictures that cannot be read are named together, at the end."""
 
         def look(index: int) -> Shown | Unreadable:
             match self.pictures.decoded(index):
                 case Picture(pixels, digest, name, captions):
-                    return Shown(centre_square(pixels, resolution), name, captions[0] if captions else "", digest, min(pixels.shape[1:]))
+                    caption = captions[0] if captions else ""
+                    return Shown(centre_square(pixels, resolution), printable(name), caption, digest, min(pixels.shape[1:]))
                 case Unreadable() as unreadable:
                     return unreadable
 
@@ -84,7 +101,7 @@ class Stored:
 
     def name(self, index: int) -> str:
         """Of a picture in the set."""
-        return self.pictures.names[index] if self.pictures.names else self.pictures.load(index).name
+        return printable(self.pictures.names[index] if self.pictures.names else self.pictures.load(index).name)
 
     def described(self, digests: Sequence[bytes]) -> dict[str, Any]:
         """See `Source`."""
@@ -102,6 +119,11 @@ class Drawn:
         """See `Source`."""
         return len(self.drawing.prompts.prompts)
 
+    @property
+    def listing(self) -> dict[str, Any]:
+        """See `Source`."""
+        return {**self.drawing.facts, "prompts": self.drawing.prompts.sha256, "seed": self.drawing.seed}
+
     def squares(self, indices: Sequence[int], resolution: int, workers: int) -> Iterator[Shown]:
         """See `Source`."""
         texts, side = self.drawing.prompts.texts, self.drawing.pipeline.base.config.size
@@ -112,13 +134,3 @@ class Drawn:
     def described(self, digests: Sequence[bytes]) -> dict[str, Any]:
         """See `Source`."""
         return {"path": "the sampler's pictures", "kind": "generated", "sha256": hashlib.sha256(b"".join(digests)).hexdigest()}
-
-
-def open_stored(path: Path, what: str) -> Stored:
-    """The pictures of a folder or of its shards. Raises ValueError, beginning with `what`, if there are none."""
-    if not path.is_dir():
-        raise ValueError(f"{what}={str(path)!r} is {'no folder' if path.exists() else 'not there'}")
-    pictures = find_pictures(path)
-    if not pictures.count:
-        raise ValueError(f"{what}={str(path)!r} holds no pictures; {LOOKED_FOR}")
-    return Stored(pictures)

@@ -20,7 +20,7 @@ from t2i_experts.charts import Chart, Marks, Series, draw_captioned, draw_chart
 from t2i_experts.evaluation.copying import QUANTILE, copying, share_below
 from t2i_experts.evaluation.looking import Shown, Source
 from t2i_experts.evaluation.nearest import NearestSearch
-from t2i_experts.evaluation.processes import ALONE, Processes
+from t2i_experts.evaluation.processes import ALONE, Processes, interleaved, interleaved_tensors
 from t2i_experts.evaluation.protocol import Pace, Progress
 from t2i_experts.evaluation.spaces import Space
 
@@ -128,13 +128,16 @@ def find_nearest(
     """
     processes, sets = how.processes, dict[str, Mapping[str, Any]]()
     asked = {"generated": generated} | ({} if held_out is None else {"held_out": held_out})
+    for what, source in {**asked, "train": train}.items():
+        processes.agree(f"the pictures of {what.replace('_', '-')}", source.listing)
+    processes.agree("how pictures are compared", {**how.space.record, "weights": None, "resolution": how.resolution})
     names: dict[str, list[str]] = {}
     features: list[Tensor] = []
     for what, source in asked.items():
         seen = _Looked(source, how)
         with bar(what.replace("_", "-")) as progress:
             mine = processes.together(partial(seen.features, progress))
-        features.append(_by_turns(processes.everyones(mine)))
+        features.append(interleaved_tensors(processes.everyones(mine)))
         sets[what], names[what] = seen.record()
     search = NearestSearch(torch.cat(features), how.pace.device)
 
@@ -207,10 +210,10 @@ class _Looked:
     def record(self) -> tuple[dict[str, Any], list[str]]:
         """The set's record, and the names of its pictures in order, if they are known; from all processes."""
         processes = self._how.processes
-        digests = _interleaved(processes.everyones(self._digests))
+        digests = interleaved(processes.everyones(self._digests))
         sides = [side for some in processes.everyones(self._sides) for side in some]
         record = self._source.described(digests) | {"count": len(digests), "shorter_side": [min(sides), max(sides)]}
-        return {**record, "seconds": round(self._seconds, 3)}, _interleaved(processes.everyones(self._names))
+        return {**record, "seconds": round(self._seconds, 3)}, interleaved(processes.everyones(self._names))
 
     def _features(self, shown: Sequence[Shown]) -> Tensor:
         self._names += [one.name for one in shown] if self._named else []
@@ -229,21 +232,3 @@ def _summary(distances: NDArray[np.float32]) -> dict[str, float]:
 def _shown(source: Source, indices: Sequence[int], resolution: int, workers: int) -> dict[int, Shown]:
     distinct = list(dict.fromkeys(indices))
     return dict(zip(distinct, source.squares(distinct, resolution, workers), strict=True))
-
-
-def _interleaved(parts: Sequence[Sequence[Any]]) -> list[Any]:
-    """What the processes have of things that they share by turns, in the order of the things."""
-    whole: list[Any] = [None] * sum(map(len, parts))
-    for rank, part in enumerate(parts):
-        whole[rank :: len(parts)] = part
-    return whole
-
-
-def _by_turns(parts: Sequence[Tensor | None]) -> Tensor:
-    """The same for tensors, of which a process without pictures has none."""
-    present = [part for part in parts if part is not None]
-    whole = torch.empty(sum(map(len, present)), *present[0].shape[1:])
-    for rank, part in enumerate(parts):
-        if part is not None:
-            whole[rank :: len(parts)] = part
-    return whole

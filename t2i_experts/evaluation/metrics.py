@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from t2i_experts.evaluation.captioned import CaptionedPictures
-from t2i_experts.evaluation.pictures import Picture, Unreadable, named_digest, refuse_unreadable, set_hash
+from t2i_experts.evaluation.pictures import Unreadable, named_digest, printable, refuse_unreadable, set_hash
 from t2i_experts.evaluation.processes import ALONE, Processes
 from t2i_experts.evaluation.protocol import Pace, Progress, prepared
 from t2i_experts.registry import registry
@@ -120,35 +120,16 @@ def measure_captioned(
     share = processes.share(pictures.count)
     found: list[_Valued] = []
     unreadable: list[Unreadable] = []
-    waiting: list[Picture] = []
-
-    def flush() -> None:
-        if not waiting:
-            return
-        captions = [picture.captions[0] for picture in waiting]
-        values = metric.values(prepared(metric.prepare, [picture.pixels for picture in waiting], pace.device), captions).tolist()
-        for picture, caption, value, cut in zip(waiting, captions, values, metric.cut(captions), strict=True):
-            if not math.isfinite(value):
-                raise RuntimeError(f"{metric.record['name']} of {picture.name} is {value}")
-            digest = named_digest(picture.name, caption.encode())
-            found.append(_Valued(share[len(found)], picture.name, value, caption, cut, picture.digest, digest, len(picture.captions) > 1))
-        waiting.clear()
 
     def read() -> None:
-        progress(0, len(share))
-        for done, picture in enumerate(pictures.read(pace.workers, share), start=1):
-            match picture:
-                case Picture():
-                    waiting.append(picture)
-                case Unreadable():
-                    unreadable.append(picture)
-            if unreadable:  # there will be no number: the rest is read to list what else is broken
-                waiting.clear()
-            elif len(waiting) == pace.batch:
-                flush()
-            progress(done, len(share))
-        if not unreadable:
-            flush()
+        for some in pictures.batches(share, pace.batch, pace.workers, unreadable, progress):
+            captions = [picture.captions[0] for picture in some]
+            values = metric.values(prepared(metric.prepare, [picture.pixels for picture in some], pace.device), captions).tolist()
+            for picture, caption, value, cut in zip(some, captions, values, metric.cut(captions), strict=True):
+                if not math.isfinite(value):
+                    raise RuntimeError(f"{metric.record['name']} of {picture.name} is {value}")
+                digest, several = named_digest(picture.name, caption.encode()), len(picture.captions) > 1
+                found.append(_Valued(share[len(found)], picture.name, value, caption, cut, picture.digest, digest, several))
 
     processes.agree(f"the pictures of {pictures.path}", pictures.listing)
     processes.agree("the network of the metric", dict(metric.record))
@@ -176,8 +157,3 @@ def measure_captioned(
     }
     record["set"]["seconds"] = round(time.perf_counter() - started, 3)
     return MeasuredPictures(torch.tensor(values, dtype=torch.float64), [one.name for one in everyones], record)
-
-
-def printable(name: str) -> str:
-    """A file's name as text that can be written, whatever bytes the file system has."""
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")

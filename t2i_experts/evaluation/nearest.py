@@ -50,7 +50,7 @@ class NearestSearch:
             some = slice(start, start + _QUERIES)
             low, high = self._squared(some, centred, norms)
             known = torch.from_numpy(self.distances[some]).to(self._device).double().square()
-            most = torch.minimum(high.amin(1).double(), known * (1 + 8 * _ROUNDING))
+            most = torch.minimum(high.amin(1).double(), known) * (1 + 8 * _ROUNDING)  # what is as far when rounded counts as equal
             rows, columns = (low.double() <= most[:, None]).nonzero(as_tuple=True)
             self._look(rows + start, features, columns, np.asarray(indices, np.int64))
 

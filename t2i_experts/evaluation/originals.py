@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from t2i_experts.evaluation.prompts import Prompt, PromptList, caption_of, first_by_rule, missing_files, rule_of, some
+from t2i_experts.evaluation.prompts import Prompt, PromptList, caption_of, first_by_rule, rule_of, some
 from t2i_experts.shards.reader import ShardReader
 
 
 class Originals(Protocol):
-    """path: where they are. kind: `folder` or `shards`. identity: what is known of all of them without reading them, beside their names."""
+    """path: where they are. kind: `folder` or `shards`. identity: what is known of those that were checked without reading them, beside
+    their names."""
 
     path: Path
     kind: str
@@ -33,7 +35,7 @@ class Originals(Protocol):
 
 
 class FolderOriginals:
-    """Names are paths relative to the folder."""
+    """Names are paths relative to the folder. Of files of the same names in another folder, the sizes tell that they are others."""
 
     kind = "folder"
 
@@ -43,7 +45,8 @@ class FolderOriginals:
 
     def check(self, names: Sequence[str]) -> None:
         """See `Originals`."""
-        missing_files(self.path, names)
+        sizes = " ".join(map(str, _sizes(self.path, names)))
+        self.identity = {"sizes_sha256": hashlib.sha256(sizes.encode()).hexdigest()}
 
     def read(self, name: str) -> bytes:
         """See `Originals`."""
@@ -95,3 +98,13 @@ class ShardOriginals:
     @cached_property
     def _indices(self) -> Mapping[str, int]:
         return {name: index for index, name in enumerate(self.names)}
+
+
+def _sizes(folder: Path, names: Sequence[str]) -> list[int]:
+    """Of pictures in a folder, in bytes. Raises ValueError, with their number and some of their names, for those that are not there."""
+    if not folder.is_dir():
+        raise ValueError(f"--images={str(folder)!r} is {'not a folder' if folder.exists() else 'not there'}")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{len(missing):,} of the {len(names):,} pictures are not in {folder}: {some(missing)}")
+    return [(folder / name).stat().st_size for name in names]

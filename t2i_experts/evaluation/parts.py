@@ -23,6 +23,23 @@ SIZE = 256
 MADE_BY = "made_by.json"
 
 
+def check_work(folder: Path, ending: str, told: Path, decided: Mapping[str, Any]) -> None:
+    """Raises ValueError, which names the fields, if a folder holds files of that ending that something else decided, as `told` says."""
+    there = read_json(told)
+    if there is None and any(folder.glob(f"*{ending}")):
+        raise ValueError(f"{folder} holds {ending} files, and no {told.name} says what made them; choose another folder")
+    found = [] if there is None else differences(there, decided)
+    if found:
+        raise ValueError(f"{folder} holds parts of other work: {in_words(found)}; choose another folder, or delete this one")
+
+
+def open_work(folder: Path, ending: str, told: Path, decided: Mapping[str, Any]) -> None:
+    """Writes into the file `told` what decides the folder's files. Raises ValueError as `check_work`."""
+    check_work(folder, ending, told, decided)
+    if not told.exists():
+        write_json(told, decided)
+
+
 @dataclass(frozen=True)
 class Parts:
     """The parts of `count` pictures in a folder. made_by: what decides them, as JSON's plain values."""
@@ -36,20 +53,17 @@ class Parts:
         """The pictures of each part, by their indices."""
         return [range(start, min(start + SIZE, self.count)) for start in range(0, self.count, SIZE)]
 
+    def decided(self) -> dict[str, Any]:
+        """All that decides the parts, as JSON's plain values."""
+        return {**self.made_by, "count": self.count, "pictures in a part": SIZE}
+
     def check(self) -> None:
         """Raises ValueError, which names the fields, if the folder holds parts that something else decided."""
-        there = read_json(self.folder / MADE_BY)
-        if there is None and any(self.folder.glob("*.npz")):
-            raise ValueError(f"{self.folder} holds .npz files, and no {MADE_BY} that says what made them; choose another folder")
-        found = [] if there is None else differences(there, self._made_by())
-        if found:
-            raise ValueError(f"{self.folder} holds parts of other work: {in_words(found)}; choose another folder, or delete this one")
+        check_work(self.folder, ".npz", self.folder / MADE_BY, self.decided())
 
     def open(self) -> None:
         """Makes the folder and says in it what decides the parts; only one process may. Raises ValueError as `check`."""
-        self.check()
-        if not (self.folder / MADE_BY).exists():
-            write_json(self.folder / MADE_BY, self._made_by())
+        open_work(self.folder, ".npz", self.folder / MADE_BY, self.decided())
         for left in self.folder.glob(".*.partial"):  # of a process that was killed
             left.unlink(missing_ok=True)
 
@@ -81,9 +95,6 @@ class Parts:
         if not arrays or any(len(array) != len(indices) for array in arrays.values()):
             raise ValueError(f"{path} does not hold {len(indices)} pictures; delete it, and the same command makes it again")
         return arrays
-
-    def _made_by(self) -> dict[str, Any]:
-        return {**self.made_by, "count": self.count, "pictures in a part": SIZE}
 
     def _path(self, indices: range) -> Path:
         return self.folder / f"{indices.start:06d}.npz"

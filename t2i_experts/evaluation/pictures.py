@@ -19,7 +19,6 @@ from t2i_experts.shards.images import SOURCE_EXTENSIONS, whole
 from t2i_experts.shards.parallel import in_order
 from t2i_experts.shards.reader import ShardReader
 
-LOOKED_FOR = f"looked for tars, and for {', '.join(SOURCE_EXTENSIONS)}"
 _LISTED = 10
 _OTHER_FORMATS = ("avif", "heic", "heif", "jfif", "jp2", "jxl", "pbm", "pgm", "ppm", "psd", "svg", "tga")
 
@@ -70,6 +69,28 @@ class PictureSet:
         with ThreadPoolExecutor(workers) as pool:
             yield from in_order(pool, workers, self.decoded, range(self.count) if indices is None else indices)
 
+    def batches(
+        self, indices: range, batch: int, workers: int, unreadable: list[Unreadable], progress: Callable[[int, int], None]
+    ) -> Iterator[list[Picture]]:
+        """The pictures of some indices in their order, `batch` together. From the first that cannot be read on there is none, and the rest
+        is read only to add to `unreadable` what else is broken. progress: is told (pictures done, in all)."""
+        waiting: list[Picture] = []
+        progress(0, len(indices))
+        for done, picture in enumerate(self.read(workers, indices), start=1):
+            match picture:
+                case Picture():
+                    waiting.append(picture)
+                case Unreadable():
+                    unreadable.append(picture)
+            if len(waiting) == batch and not unreadable:
+                yield waiting
+                waiting = []
+            elif unreadable:
+                waiting.clear()
+            progress(done, len(indices))
+        if waiting:
+            yield waiting
+
     def decoded(self, index: int) -> Picture | Unreadable:
         """The picture with some index."""
         try:
@@ -84,22 +105,28 @@ class PictureSet:
 
 
 def open_pictures(path: Path, what: str) -> PictureSet:
-    """Those under a folder, or those of its shards if it holds tars. Raises ValueError, beginning with `what`, for fewer than two."""
-    if not path.is_dir():
-        raise ValueError(f"{what}={str(path)!r} is {'neither a folder nor an .npz file' if path.exists() else 'not there'}")
-    if any(path.glob("[!.]*.tar")) and (beside := next(walk(path, SOURCE_EXTENSIONS), None)) is not None:
-        raise ValueError(f"{what}={str(path)!r} holds tars and, beside them, pictures such as {beside.name}: which are meant?")
-    pictures = find_pictures(path)
+    """`find_pictures` of which a distance can be taken. Raises ValueError as that, and for captions without their pictures."""
+    if path.is_file():
+        raise ValueError(f"{what}={str(path)!r} is neither a folder nor an .npz file")
+    pictures = find_pictures(path, what, fewest=2)
     _refuse_captions_alone(path, pictures.names)
-    if pictures.count < 2:
-        kinds = f"; {LOOKED_FOR}" if not pictures.count else ""
-        raise ValueError(f"{what}={str(path)!r} holds {pictures.count} pictures, and a distance needs at least 2{kinds}")
     return pictures
 
 
-def find_pictures(path: Path) -> PictureSet:
-    """Those of a folder's shards if it holds tars, else those under it, of which there may be none."""
-    return _of_shards(path) if any(path.glob("[!.]*.tar")) else _of_folder(path)
+def find_pictures(path: Path, what: str, *, fewest: int = 1) -> PictureSet:
+    """Those of a folder's shards if it holds tars, else those under it. Raises ValueError, beginning with `what`, if there are fewer, and
+    for tars beside pictures."""
+    if not path.is_dir():
+        raise ValueError(f"{what}={str(path)!r} is {'no folder' if path.exists() else 'not there'}")
+    tars = any(path.glob("[!.]*.tar"))
+    if tars and (beside := next(walk(path, SOURCE_EXTENSIONS), None)) is not None:
+        raise ValueError(f"{what}={str(path)!r} holds tars and, beside them, pictures such as {beside.name}: which are meant?")
+    pictures = _of_shards(path) if tars else _of_folder(path)
+    if pictures.count < fewest:
+        found = "no pictures" if fewest == 1 else f"{pictures.count} pictures, and a distance needs at least {fewest}"
+        kinds = "" if pictures.count else f"; looked for tars, and for {', '.join(SOURCE_EXTENSIONS)}"
+        raise ValueError(f"{what}={str(path)!r} holds {found}{kinds}")
+    return pictures
 
 
 def _of_folder(path: Path) -> PictureSet:
@@ -123,6 +150,11 @@ def _of_folder(path: Path) -> PictureSet:
 def named_digest(name: str, data: bytes) -> bytes:
     """sha256 of something that belongs to a name."""
     return hashlib.sha256(hashlib.sha256(name.encode(errors="surrogateescape")).digest() + data).digest()
+
+
+def printable(name: str) -> str:
+    """A file's name as text that can be written, whatever bytes the file system has."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def set_hash(digests: Sequence[bytes]) -> str:

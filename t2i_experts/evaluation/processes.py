@@ -7,7 +7,7 @@ noticed at once, where NCCL would wait for it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,8 +15,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from t2i_experts.cascade.device import default_device, open_device
+from t2i_experts.evaluation.records import differences, in_words
 
 Result = TypeVar("Result")
 
@@ -85,10 +87,16 @@ class Processes:
         return result
 
     def agree(self, what: str, value: object) -> None:
-        """Raises ValueError, in every process, if this value is not the same in all of them."""
-        for rank, other in enumerate(self.everyones(value)):
-            if other != value:
-                raise ValueError(f"{what}: processes {self.rank} and {rank} see different ones: {value!r} and {other!r}")
+        """Raises ValueError, in every process, if this value is not the same in all of them; of JSON's plain values by names, it names
+        the fields."""
+        first, *others = self.everyones(value)
+        for rank, other in enumerate(others, start=1):
+            if other == first:
+                continue
+            if isinstance(first, Mapping) and isinstance(other, Mapping):
+                found = in_words(differences(first, other), ("in process 0", f"in {rank}"))
+                raise ValueError(f"{what} must be the same in all processes: {found}")
+            raise ValueError(f"{what}: processes 0 and {rank} see different ones: {first!r} and {other!r}")
 
     def gather(self, value: Result) -> list[Result]:
         """The values of all processes by their ranks, on the main process; nothing on the others."""
@@ -122,6 +130,24 @@ def open_processes() -> Iterator[Processes]:
         dist.get_rank(), count, int(os.environ.get("LOCAL_RANK", dist.get_rank())), int(os.environ.get("LOCAL_WORLD_SIZE", count))
     )
     dist.destroy_process_group()  # not after an error, when others may not answer: the process ends then
+
+
+def interleaved(parts: Sequence[Sequence[Result]]) -> list[Result]:
+    """What the processes have of things that they share, in the order of the things. parts: by rank."""
+    whole: list[Any] = [None] * sum(map(len, parts))
+    for rank, part in enumerate(parts):
+        whole[rank :: len(parts)] = part
+    return whole
+
+
+def interleaved_tensors(parts: Sequence[Tensor | None]) -> Tensor:
+    """The same for tensors with a row for each thing. None: of a process that has no things; one has some."""
+    present = [part for part in parts if part is not None]
+    whole = present[0].new_empty(sum(map(len, present)), *present[0].shape[1:])
+    for rank, part in enumerate(parts):
+        if part is not None:
+            whole[rank :: len(parts)] = part
+    return whole
 
 
 def connected(exchange: Callable[[], Result]) -> Result:

@@ -151,9 +151,11 @@ def read_ids(path: Path, annotations: Path | None, seed: int) -> PromptList:
         return found
     entries = _complete_entries(annotations)
     names = {Path(name).name: identity for identity, (name, _) in entries.items()}
+    numbers: dict[Any, str] = {int(one): one for one in entries if isinstance(one, str) and one.isdecimal()}  # that are text there
     prompts, unknown = [], []
     for prompt in found.prompts:
         identity = prompt.image_id if prompt.image_id is not None else names.get(Path(prompt.file_name or "").name)
+        identity = identity if identity in entries else numbers.get(identity, identity)
         if identity not in entries:
             unknown.append(f"{prompt.image_id if prompt.image_id is not None else prompt.file_name}")
             continue
@@ -172,15 +174,6 @@ def read_ids(path: Path, annotations: Path | None, seed: int) -> PromptList:
 def listed_images(annotations: Path) -> list[str]:
     """The file names of all images of a COCO captions file, in its order. Raises ValueError."""
     return [name for name, _ in _complete_entries(annotations).values()]
-
-
-def missing_files(folder: Path, names: Sequence[str]) -> None:
-    """Raises ValueError, with their number and some of their names, for pictures that are not in a folder."""
-    if not folder.is_dir():
-        raise ValueError(f"--images={str(folder)!r} is {'not a folder' if folder.exists() else 'not there'}")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f"{len(missing):,} of the {len(names):,} pictures are not in {folder}: {some(missing)}")
 
 
 def _complete_entries(annotations: Path) -> dict[int | str, tuple[str, list[str]]]:

@@ -19,9 +19,9 @@ from t2i_experts.evaluation.features import FeatureExtractor, FeatureOptions, ch
 from t2i_experts.evaluation.frechet import FEWEST_TO_EXTRAPOLATE, frechet_infinity, gaussian_distance
 from t2i_experts.evaluation.gathering import FeatureGatherer
 from t2i_experts.evaluation.kid import kernel_distance
-from t2i_experts.evaluation.pictures import Picture, PictureSet, Unreadable, open_pictures, refuse_unreadable, set_hash
+from t2i_experts.evaluation.pictures import PictureSet, Unreadable, open_pictures, refuse_unreadable, set_hash
 from t2i_experts.evaluation.precision_recall import precision_recall
-from t2i_experts.evaluation.processes import ALONE, Processes, connected
+from t2i_experts.evaluation.processes import ALONE, Processes, connected, interleaved_tensors
 from t2i_experts.evaluation.statistics import Gaussian, load_statistics
 
 PICTURES = "upright by EXIF, transparency on white, first frame of animations, colour profiles not applied"
@@ -136,31 +136,14 @@ def measure_pictures(
     digests: list[bytes] = []
     sides: list[int] = []
     unreadable: list[Unreadable] = []
-    waiting: list[Picture] = []
-
-    def flush() -> None:
-        if waiting:
-            batch = prepared(extractor.prepare, [picture.pixels for picture in waiting], pace.device)
-            gathered.add(batch, [picture.name for picture in waiting])
-            waiting.clear()
 
     def read() -> None:
-        progress(0, len(share))
-        for done, picture in enumerate(pictures.read(pace.workers, share), start=1):
-            match picture:
-                case Picture(pixels, digest):
-                    waiting.append(picture)
-                    digests.append(digest)
-                    sides.append(min(pixels.shape[1:]))
-                case Unreadable():
-                    unreadable.append(picture)
-            if unreadable:  # there will be no number: the rest is read to list what else is broken
-                waiting.clear()
-            elif len(waiting) == pace.batch:
-                flush()
-            progress(done, len(share))
+        for some in pictures.batches(share, pace.batch, pace.workers, unreadable, progress):
+            digests.extend(picture.digest for picture in some)
+            sides.extend(min(picture.pixels.shape[1:]) for picture in some)
+            batch = prepared(extractor.prepare, [picture.pixels for picture in some], pace.device)
+            gathered.add(batch, [picture.name for picture in some])
         if not unreadable:
-            flush()
             gathered.finish()
 
     processes.agree(f"the pictures of {pictures.path}", pictures.listing)
@@ -211,11 +194,7 @@ def _measured(
     modulo their number, so that the features can be put into the order of the images."""
     statistics = gathered.statistics if processes.count == 1 else connected(gathered.statistics.over_processes)
     parts = gathered.kept(processes)
-    features = None
-    if parts:
-        features = torch.cat(parts)
-        for rank, part in enumerate(parts if by_turns else []):
-            features[rank :: len(parts)] = part
+    features = None if not parts else interleaved_tensors(parts) if by_turns else torch.cat(parts)
     spans = [(min(some), max(some)) for some in processes.everyones(sides) if some]
     record["count"] = statistics.count
     record["shorter_side"] = [min(low for low, _ in spans), max(high for _, high in spans)] if spans else None

@@ -34,9 +34,9 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tup
     return [(name, one.get(name), other.get(name)) for name in dict.fromkeys([*one, *other]) if one.get(name) != other.get(name)]
 
 
-def in_words(found: list[tuple[str, Any, Any]]) -> str:
+def in_words(found: list[tuple[str, Any, Any]], where: tuple[str, str] = ("there", "here")) -> str:
     """The first few differences: `seed is 0 there and 1 here`."""
-    shown = [f"{name} is {first!r} there and {second!r} here" for name, first, second in found[:3]]
+    shown = [f"{name} is {first!r} {where[0]} and {second!r} {where[1]}" for name, first, second in found[:3]]
     return ", ".join(shown) + (f", and {len(found) - 3} more" if len(found) > 3 else "")
 
 
@@ -66,7 +66,7 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]
 
 def read_values(record: Path, told: Mapping[str, str]) -> dict[str, dict[str, float]] | None:
     """By name and then by picture, what `write_values` wrote: beside the record, or where it was written. None if it is no longer the
-    file that the record tells of, or lies elsewhere."""
+    file that the record tells of, or lies elsewhere, and if two pictures have the same key, as in different tars they may."""
     for path in (record.parent / Path(told["path"]).name, Path(told["path"])):
         try:
             data = path.read_bytes()
@@ -77,6 +77,8 @@ def read_values(record: Path, told: Mapping[str, str]) -> dict[str, dict[str, fl
             key, *names = rows.fieldnames or [""]
             found: dict[str, dict[str, float]] = {name: {} for name in names}
             for row in rows:
+                if any(row[key] in values for values in found.values()):
+                    return None
                 for name in names:
                     found[name][row[key]] = float(row[name])
             return found

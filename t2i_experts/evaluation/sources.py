@@ -82,7 +82,7 @@ class Sources:
         assert self.annotations is not None
         return choose_captions(self.annotations, USUAL if self.num is None else self.num, self.caption_seed)
 
-    @property
+    @cached_property
     def originals(self) -> FolderOriginals | ShardOriginals | None:
         """Where the reference pictures are; None if there are none, or statistics instead. Raises ValueError."""
         if not self.compares or self.statistics:

@@ -178,6 +178,32 @@ def test_parts_of_another_evaluation_are_refused(coco: Callable[..., Any], cli: 
     assert (world / "coco/result.json").read_bytes() == before and not (world / "elsewhere").exists()
 
 
+def test_what_names_and_weights_do_not_say_is_not_taken_for_the_same(coco: Callable[..., Any], cli: CLI, world: Path) -> None:
+    """Other pictures of the same names, the same weights with another noise, and a folder of another evaluation's pictures."""
+    short = (*SMALL, "--num", 4, "--steps", 1)
+    made = coco(*CHOSEN, "--num", 4, "--steps", 1, "--out", "out", "--save-images", "saved")
+    shutil.copytree("val", "small")
+    for path in (world / "small").iterdir():
+        Image.open(path).resize((8, 8)).save(path)
+    code, _, err = cli("eval", "coco", "--annotations", "captions.json", "--images", "small", *short, "--model", "model", "--out", "out")
+    assert code == 2 and "out/parts/reference holds parts of other work: sizes_sha256 is " in err
+    shutil.copytree(world / "model", world / "other")
+    config = next((world / "other").glob("base*/config.json"))
+    plain = json.loads(config.read_text())
+    plain["noise"]["sigma_data"] = 0.25
+    config.write_text(json.dumps(plain))
+    code, _, err = cli("eval", "coco", *CHOSEN, *short, "--model", "other", "--out", "out")
+    assert code == 2 and "model.config.noise.sigma_data is 0.5 there and 0.25 here" in err
+    before = (world / "saved/generated/000000.png").read_bytes()
+    coco(*CHOSEN, "--num", 4, "--steps", 1, "--seed", 1, "--out", "again")
+    code, _, err = cli("eval", "coco", *CHOSEN, *short, "--model", "model", "--seed", 1, "--out", "again", "--save-images", "saved")
+    assert code == 2 and "saved/generated holds parts of other work: seed is 0 there and 1 here" in err
+    assert (world / "saved/generated/000000.png").read_bytes() == before
+    shutil.copytree("val", "copied")
+    copied = ("--annotations", "captions.json", "--images", "copied", "--num", 4, "--steps", 1)
+    assert coco(*copied, "--out", "out", "--save-images", "saved")["distance"] == made["distance"]
+
+
 def test_lists_statistics_and_all_pictures_as_reference(coco: Callable[..., Any], cli: CLI, world: Path) -> None:
     few = ("--steps", 1)
     chosen = coco(*CHOSEN, *few, "--out", "a")
@@ -276,6 +302,26 @@ def test_two_processes_draw_each_picture_once_and_give_the_number_of_one(
     arguments[arguments.index("two")] = "three"
     (code, out, err), others = launched(2, command(*arguments), world)
     assert (code, out, err.count("error: ")) == (2, "", 1) and f"{names[15]}: it is no picture" in err and others == (2, "", "")
+
+
+def test_hosts_with_different_models_or_pictures_at_the_same_place_are_told_apart(world: Path, model_folder: Path) -> None:
+    wanted = ["eval", "coco", *CHOSEN, *SMALL, "--model", "model", "--num", 20, "--steps", 1, "--out", "out"]
+
+    def on_its_host(rank: int) -> Any:
+        (world / f"host{rank}").mkdir()
+        os.chdir(world / f"host{rank}")
+        for name in ("captions.json", "val", "model", "clip"):
+            os.symlink(world / name, name)
+        if rank:
+            os.unlink("model")
+            shutil.copytree(model_folder, "model")
+            config = next(Path("model").glob("base*/config.json"))
+            config.write_text(config.read_text().replace('"sigma_data": 0.5', '"sigma_data": 0.25'))
+        return command(*wanted[:-1], world / "out")(rank)
+
+    (code, out, err), others = launched(2, on_its_host, world)
+    assert (code, out, others) == (2, "", (2, "", "")) and "model.config.noise.sigma_data is 0.5 in process 0 and 0.25 in 1" in err
+    assert not [*(world / "out").rglob("*.npz")]
 
 
 def test_a_dry_run_says_what_would_be_and_writes_nothing(cli: CLI, coco: Callable[..., Any], world: Path, drawn: list[int]) -> None:

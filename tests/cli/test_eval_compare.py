@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
+from t2i_experts.evaluation.records import made_by
 
 CLI = Callable[..., tuple[int, str, str]]
 CLIP = ("--model", "clip", "--device", "cpu", "--json")
@@ -113,6 +116,44 @@ def test_what_does_not_compare_is_refused_by_name(
         assert code == 2
     else:
         assert code == 0 and f"A and B do not compare: {said}" in err and "CLIP-FID" in out
+
+
+def test_a_few_claims_that_all_change_are_no_certainty(cli: CLI, folder: Path) -> None:
+    """Picture by picture the differences do not scatter; the errors of both scores remain, which count how few there are."""
+    for name, right in (("a", False), ("b", True)):
+        record = {
+            **made_by("eval judge"),
+            "scores": {"count": {"right": float(right), "standard_error": 0.3}},
+            "judge": {"fingerprint": "f"},
+            "prompts": {"sha256": "p"},
+            "num": 3,
+            "pictures": [{"claims": [["count", "owl", "2", right]]} for _ in range(3)],
+        }
+        Path(f"{name}.json").write_text(json.dumps(record))
+    found = json.loads(cli("eval", "compare", "a.json", "b.json", "--json")[1])["differences"]["count"][0]
+    assert found["value"] == 1.0 and not found["paired"] and found["error"] == pytest.approx(0.3 * 2**0.5)
+
+
+def test_an_extrapolated_distance_has_no_verdict(kept: Callable[..., Any], cli: CLI) -> None:
+    """Its error is that of a line through subsets of the same pictures: other pictures would move it by more."""
+    record = kept("a.json", "fid", "a", "real", *FID)
+    for name, value in (("a", 3.0), ("b", 2.0)):
+        record["infinity"] = {"value": value, "error": 0.01, "counts": [6, 12], "distances": [1.0, 1.0]}
+        Path(f"{name}.json").write_text(json.dumps(record))
+    found = json.loads(cli("eval", "compare", "a.json", "b.json", "--json")[1])["differences"]["CLIP-FID infinity"][0]
+    assert (found["value"], found["error"], found["within_noise"]) == (-1.0, None, None)
+
+
+def test_pictures_of_one_name_in_two_tars_are_not_paired(kept: Callable[..., Any], cli: CLI) -> None:
+    for name in "ab":
+        record = kept(f"{name}.json", "clip", name, *CLIP, "--values", f"{name}.csv")
+        lines = Path(f"{name}.csv").read_text().splitlines()
+        lines[2] = lines[1].split(",")[0] + "," + lines[2].split(",")[1]
+        Path(f"{name}.csv").write_text("\n".join(lines) + "\n")
+        record["values"]["sha256"] = hashlib.sha256(Path(f"{name}.csv").read_bytes()).hexdigest()
+        Path(f"{name}.json").write_text(json.dumps(record))
+    found = json.loads(cli("eval", "compare", "a.json", "b.json", "--json")[1])["differences"]["CLIP score"][0]
+    assert not found["paired"]
 
 
 def test_scores_of_the_same_captions_are_compared_picture_by_picture(kept: Callable[..., Any], cli: CLI) -> None:

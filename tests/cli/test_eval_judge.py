@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from t2i_experts.cascade.picture import read_metadata
+from t2i_experts.evaluation import judging
 from t2i_experts.evaluation.composition import load_prompts
 from t2i_experts.evaluation.judge import Judge, JudgeConfig, JudgeNetwork, load_judge, save_judge
 
@@ -92,6 +93,16 @@ def test_what_is_wrong_is_said(cli: CLI, judge: Path, model_folder: Path, tmp_pa
     options = [option.format(full=tmp_path / "full") for option in options]
     code, out, err = cli("eval", "judge", "--model", model_folder, "--judge", judge, *options)
     assert code == 2 and out == "" and said in err
+
+
+def test_a_folder_that_cannot_be_made_is_known_before_anything_is_drawn(
+    cli: CLI, judge: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(judging, "draw", lambda *inputs, **options: drawn.append(inputs) or iter(()))
+    (tmp_path / "file").touch()
+    code, _, err = cli("eval", "judge", "--model", model_folder, "--judge", judge, "--num", 2, "--out", tmp_path / "file/out")
+    assert code == 2 and "file/out cannot be made" in err and not drawn
 
 
 def test_a_judge_that_saw_the_models_scenes_or_does_not_know_itself_is_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -141,6 +142,36 @@ def test_two_processes_say_what_one_does(nearest: Callable[..., Any], world: Pat
         assert [two[what][key] for key in ("sha256", "count", "shorter_side")] == [
             one[what][key] for key in ("sha256", "count", "shorter_side")
         ]
+
+
+def test_hosts_that_see_other_pictures_are_told_apart(world: Path) -> None:
+    """As many on each, or the numbers of pictures would tell."""
+    shutil.copytree("drawn", "elsewhere/drawn")
+    first = min((world / "elsewhere/drawn").iterdir())
+    first.rename(first.with_name(f"another{first.suffix}"))
+
+    def on_its_host(rank: int) -> Any:
+        os.chdir(world / "elsewhere" if rank else world)
+        return command("eval", "nearest", "drawn", "--train", world / "train", *CPU)(rank)
+
+    (code, out, err), others = launched(2, on_its_host, world)
+    assert (code, out, others) == (2, "", (2, "", "")) and "the pictures of generated: processes 0 and 1 see different ones" in err
+
+
+def test_a_folder_that_cannot_be_made_is_known_before_pictures_are_read(cli: CLI, world: Path) -> None:
+    (world / "file").write_text("")
+    next((world / "train").rglob("*.png")).write_bytes(b"no picture")
+    code, _, err = cli("eval", "nearest", "drawn", "--train", "train", *CPU, "--out", "file/out")
+    assert code == 2 and "--out: the folder file/out cannot be made" in err
+
+
+def test_names_that_are_no_text_can_be_written(nearest: Callable[..., Any], world: Path) -> None:
+    os.rename(b"drawn/03.png", b"drawn/\xff3.png")
+    os.rename(b"train/07.png", b"train/\xff7.png")
+    (world / "train/57.png").unlink()
+    record = nearest("drawn", "--train", "train", "--out", "out")
+    assert record == json.loads((world / "out/result.json").read_text())
+    assert [record["closest"][0][name] for name in ("generated", "train")] == ["\\xff3.png", "\\xff7.png"]
 
 
 def test_records_compare_if_training_and_held_out_pictures_are_the_same(nearest: Callable[..., Any], cli: CLI, world: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_experts.evaluation.pictures import Picture, Unreadable, open_pictures, set_hash
+from t2i_experts.evaluation.pictures import Picture, Unreadable, find_pictures, open_pictures, set_hash
 
 
 def test_pictures_are_upright_opaque_and_whole(tmp_path: Path) -> None:
@@ -67,8 +67,9 @@ def test_captions_without_their_picture_are_listed(tmp_path: Path) -> None:
 def test_tars_beside_pictures_are_no_set(tmp_path: Path) -> None:
     (tmp_path / "0.tar").touch()
     Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
-    with pytest.raises(ValueError, match=r"holds tars and, beside them, pictures such as 0\.png"):
-        open_pictures(tmp_path, "A")
+    for opened in (open_pictures, find_pictures):  # that of distances, and that of all others
+        with pytest.raises(ValueError, match=r"^A=.* holds tars and, beside them, pictures such as 0\.png"):
+            opened(tmp_path, "A")
 
 
 def test_nothing_is_left_out_in_silence(tmp_path: Path) -> None:

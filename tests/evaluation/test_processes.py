@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import socket
 import time
 from collections.abc import Callable
@@ -19,9 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from t2i_experts.cascade.pipeline import CascadePipeline
 from t2i_experts.cli import app
+from t2i_experts.evaluation.composition import load_prompts
 from t2i_experts.evaluation.features import FeatureOptions, load_features
 from t2i_experts.evaluation.judge import Judge, JudgeConfig, JudgeNetwork, save_judge
+from t2i_experts.evaluation.judging import draw_and_judge
 from t2i_experts.evaluation.processes import ALONE, FailedProcess, Processes, open_processes
 from t2i_experts.evaluation.protocol import Comparison, Pace, compare, measure_images
 from t2i_experts.evaluation.statistics import FeatureStatistics, Gaussian
@@ -155,6 +159,23 @@ def test_several_processes_draw_and_judge_as_one_does(model_folder: Path, tmp_pa
         assert abs(apart).max() <= 2
     failed = launched(2, command(*wanted, "--sampler", "ddim"), tmp_path)
     assert [code for code, _, _ in failed] == [2, 2] and "ddim" in failed[0][2] and not failed[1][2]
+
+
+def test_drawn_pictures_are_sent_once(model_folder: Path, tmp_path: Path) -> None:
+    """A pickled view of a batch holds the whole batch: picture by picture, 32 pictures would be sent as 32 times 32."""
+    words = JudgeConfig(("owl", "cat"), ("3D", "flat"), ("red",), ("white", "pink"), channels=8, blocks=1, threshold=0.05)
+    sent: list[int] = []
+
+    def gathered(value: Any) -> list[Any]:
+        sent.append(len(pickle.dumps(value)))
+        return [value]
+
+    pipeline = CascadePipeline.from_pretrained(model_folder, device="cpu", dtype=torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Processes, "gather", lambda self, value: gathered(value))
+        settings = pipeline.settings(steps=1, guidance=1.0)
+        judged = draw_and_judge(pipeline, Judge(words, JudgeNetwork(words), {}), load_prompts(32), sampling=settings, batch_size=32)
+    assert judged is not None and sent[0] < 2 * judged.images.numel() + 30_000
 
 
 def test_steps_are_taken_together(tmp_path: Path) -> None:

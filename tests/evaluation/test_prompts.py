@@ -58,6 +58,19 @@ def test_a_written_list_is_read_back_and_its_hash_is_that_of_the_file(tmp_path: 
     assert again.file_names == [prompt.file_name for prompt in chosen.prompts] and "rule" not in again.origin
 
 
+def test_ids_may_be_numbers_that_are_written_as_text(tmp_path: Path) -> None:
+    plain = json.loads(write(tmp_path / "a.json").read_text())
+    for entry in plain["images"]:
+        entry["id"] = f"{entry['id']:06}"
+    for entry in plain["annotations"]:
+        entry["image_id"] = f"{entry['image_id']:06}"
+    (tmp_path / "a.json").write_text(json.dumps(plain))
+    chosen = choose_captions(tmp_path / "a.json", 12, seed=0)
+    (tmp_path / "ids.csv").write_text(chosen.csv(), encoding="utf-8", newline="")
+    again = read_ids(tmp_path / "ids.csv", tmp_path / "a.json", 0)
+    assert again.prompts == chosen.prompts and again.sha256 == chosen.sha256
+
+
 @pytest.mark.parametrize(
     "text",
     [
