@@ -294,6 +294,9 @@ def _check_urls(config: RunConfig) -> None:
         raise ValueError(f"data.validation={data.validation!r} must be a shard folder: only training reads streams; copy the shards")
 
 
+_NODE_NAME = re.compile(r"E\^[0-9]+_[0-9]+|[A-Za-z0-9_-]+")
+
+
 def _check_experts(experts: ExpertsConfig) -> None:
     """What can be said of a tree without its quantiles; `TreePlan` holds the rest."""
     if not experts.leaves:
@@ -303,6 +306,9 @@ def _check_experts(experts: ExpertsConfig) -> None:
         return
     if experts.images < 1:
         raise ValueError(f"experts.images={experts.images} must be positive: missing mandatory value where experts.leaves names experts")
+    for key, name in [*(("leaves", leaf) for leaf in experts.leaves), *(("nodes", node) for node in experts.nodes)]:
+        if not _NODE_NAME.fullmatch(name):
+            raise ValueError(f"experts.{key}: a node's name must be E^level_index, or letters, digits, '_' and '-'; received {name!r}")
     for name, node in experts.nodes.items():
         if node.images is not None and node.images < 1:
             raise ValueError(f"experts.nodes.{name}.images={node.images} must be positive; null means experts.images")

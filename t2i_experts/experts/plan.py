@@ -125,7 +125,9 @@ def _intervals(experts: ExpertsConfig, parents: dict[str, str | None], noise: No
     intervals[ROOT] = everything
     if COMPLEMENT in parents:
         if COMPLEMENT not in experts.leaves or experts.nodes.get(COMPLEMENT, NodeConfig()).quantiles:
-            raise ValueError("complement is the leaf of what the other leaves leave; give a node with quantiles or children another name")
+            raise ValueError(
+                f"experts: {COMPLEMENT} is the leaf of what the others leave; give a node with quantiles or children another name"
+            )
         left = complement([intervals[name] for name in experts.leaves if name != COMPLEMENT], everything)
         if len(left) != 1:
             ranges = "; ".join(map(str, left)) or "nothing"
@@ -139,7 +141,7 @@ def _interval(name: str, experts: ExpertsConfig, parents: dict[str, str | None],
     quantiles, key = experts.nodes.get(name, NodeConfig()).quantiles, f"experts.nodes.{name}.quantiles"
     dyadic = parse_node(name)
     if dyadic == (0, 0):
-        raise ValueError(f"E^0_0 is called {ROOT}; it is a parent, and no leaf of a tree")
+        raise ValueError(f"experts: E^0_0 is called {ROOT}; it is a parent, and no leaf of a tree")
     if dyadic:
         if quantiles:
             raise ValueError(f"{key}={quantiles} would be ignored: the name says them; call the node otherwise")
@@ -166,15 +168,16 @@ def _check_parents(nodes: Sequence[Node]) -> None:
     parents = {node.name: node.parent for node in nodes}
     if len(parents) < len(nodes):
         raise ValueError(f"the plan has several nodes of one name: {', '.join(node.name for node in nodes)}")
-    roots = [name for name, parent in parents.items() if parent is None]
     for name, parent in parents.items():
         if parent is not None and parent not in parents:
             raise ValueError(f"the parent of {name} is {parent}, which is no node of the plan; it has {', '.join(parents)}")
+    for name in parents:
         line = [name]
         while (above := parents[line[-1]]) is not None:
             line.append(above)
             if above in line[:-1]:
                 raise ValueError(f"the parents of {name} go in a circle: {' -> '.join(line)}")
+    roots = [name for name, parent in parents.items() if parent is None]
     if len(roots) != 1:
         raise ValueError(f"the plan needs one node without a parent, its root; received {', '.join(roots) or 'none'}")
 

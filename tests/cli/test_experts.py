@@ -12,6 +12,7 @@ import pytest
 
 from t2i_experts.config import load_config
 from t2i_experts.experts.plan import TreePlan
+from t2i_experts.training.state import refuse_changed_config
 
 Experts = Callable[..., tuple[int, str, str]]
 
@@ -71,3 +72,11 @@ def test_a_gap_is_a_mistake_of_the_users(cli: Experts, command: list[str]) -> No
     assert (
         err == "error: the leaves have a gap between E^3_0 and E^9_511: no expert for sigma in (0.07574, 9.61], quantiles 1/8 to 511/512\n"
     )
+
+
+def test_a_plan_may_be_made_and_changed_for_a_root_that_is_trained_already(trained: Path) -> None:
+    checkpoint, config = max((trained / "checkpoints").iterdir()), trained.with_suffix(".yaml")
+    overrides = ["experts.leaves=[E^1_0, E^1_1]", "experts.images=5"]
+    refuse_changed_config(checkpoint, load_config(config, overrides))
+    with pytest.raises(ValueError, match=r"training\.seed: 0 -> 9"):
+        refuse_changed_config(checkpoint, load_config(config, [*overrides, "training.seed=9"]))
