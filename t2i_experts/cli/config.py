@@ -42,7 +42,12 @@ def check(config: Config, overrides: Overrides = None, as_json: Json = False) ->
     """Say OK, or what is wrong with a config (exit code 2). Shards and weights are not looked for."""
     from t2i_experts.config import load_config
 
-    check_parts(load_config(config, overrides or []))
+    resolved = load_config(config, overrides or [])
+    check_parts(resolved)
+    if resolved.experts.leaves:
+        from t2i_experts.experts.plan import TreePlan
+
+        TreePlan.from_config(resolved)
     typer.echo(json.dumps({"config": config, "ok": True}) if as_json else f"{config}: OK")
 
 

@@ -237,11 +237,39 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class NodeConfig:
+    """What is particular about one node of the tree of experts.
+
+    parent: the node from whose weights it starts; of E^level_index, unless said, the one of the level above, else the root.
+    quantiles: [u_lo, u_hi] of p(sigma), numbers or fractions such as 1/8, for a node whose name does not say them.
+    images: that it is trained on; None: experts.images.
+    """
+
+    parent: str | None = None
+    quantiles: list[str] = field(default_factory=list)
+    images: int | None = None
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """The tree of experts that grows out of the network that `training` trains, its root (t2i_experts/experts/README.md).
+
+    leaves: the nodes of the ensemble, E^level_index or `complement` (all that the others leave); their ancestors are trained as well.
+    Empty: no experts. images: that each node but the root is trained on. nodes: what is particular about some, by name.
+    """
+
+    leaves: list[str] = field(default_factory=list)
+    images: int = 0
+    nodes: dict[str, NodeConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RunConfig:
-    """What `t2i-experts train CONFIG` reads."""
+    """What `t2i-experts train CONFIG` reads, and `t2i-experts experts` about the tree that grows out of that network."""
 
     output: str = MISSING
     stage: StageConfig = MISSING
     data: DataConfig = MISSING
     training: TrainingConfig = MISSING
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)

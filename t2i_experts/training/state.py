@@ -226,6 +226,7 @@ MAY_CHANGE = (
     "output",
     "data",
     "sampling",
+    "experts",
     "training.images",
     "training.accumulation",
     "training.compile",

@@ -72,6 +72,7 @@ def test_stdout_is_one_document(cli: CLI, tmp_path: Path, monkeypatch: pytest.Mo
     pictures = document("generate", "a cube", "--model", str(model_folder), "--device", "cpu", "--steps", "1")["pictures"]
     assert [picture["path"] for picture in pictures] == ["pictures/a-cube-0.png"]
     assert document("eval", "nearest", "pictures", "--train", "pictures", "--device", "cpu")["copies"]["generated"] == 4
+    assert document("experts", "plan", "run.yaml")["images"] == 64
     assert document("config", "show", "run.yaml")["training.images"] == {"value": 64, "origin": "run.yaml"}
     assert document("config", "check", "run.yaml", "training.seed=1") == {"config": "run.yaml", "ok": True}
     assert document("config", "diff", "run.yaml", "run") == {}
