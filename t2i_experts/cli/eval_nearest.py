@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -128,7 +129,12 @@ def nearest(
     from t2i_experts.registry import registry
 
     if features not in ("pixels", "tiles"):
-        registry.check("features", features)
+        try:
+            registry.check("features", features)
+        except ValueError as error:
+            raise ValueError(f"{error}; and pixels, tiles") from error
+    if out is not None:
+        _check_folder(out)
 
     with without_collecting():
         from t2i_experts.config import check_threshold
@@ -195,6 +201,16 @@ def nearest(
     if out is not None:
         _write(out, record, found, asked, real, training, how, pairs)
     typer.echo(json.dumps(record, ensure_ascii=False) if as_json else "\n".join(_lines(record)))
+
+
+def _check_folder(out: Path) -> None:
+    """Makes the folder; raises ValueError, before hours of work, if nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out={out}: {error.strerror or error}") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise ValueError(f"--out={out}: no files can be written there")
 
 
 def _closest(found: Memorisation, train: Stored, pairs: int) -> list[dict[str, Any]]:

@@ -63,6 +63,16 @@ def root_mean_square(a: str, b: str) -> float:
     return float(np.sqrt(((first - second) ** 2).mean()))
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(cli: CLI, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (world / "file").write_text("")
+    monkeypatch.setattr("t2i_experts.evaluation.memorisation.find_nearest", lambda *_: pytest.fail("it was looked for"))
+    for out in ("file", "file/out"):
+        code, _, err = cli("eval", "nearest", "drawn", "--train", "train", "--out", out, *CPU)
+        assert code == 2 and f"--out={out}" in err
+    code, _, err = cli("eval", "nearest", "drawn", "--train", "train", "--features", "pixel", *CPU)
+    assert code == 2 and "allowed: " in err and "pixels, tiles" in err
+
+
 def test_copies_and_shifted_copies_are_found_and_shown(nearest: Callable[..., Any], cli: CLI, world: Path) -> None:
     record = nearest("drawn", "--train", "train", "--held-out", "real", "--out", "out", "--pairs", 4)
     first, second = record["closest"][:2]
