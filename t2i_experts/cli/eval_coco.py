@@ -197,7 +197,8 @@ def _lines(record: Mapping[str, Any]) -> list[str]:
     if "estimate" in record:
         lines += _estimate_lines(record["estimate"])
     if "distance" in record:
-        lines += distance_lines(record, made["name"], made["dimension"], {"the model's set": record["generated"]["count"]})
+        counts = {"the model's set": record["generated"]["count"], "the reference": record["reference"]["count"]}
+        lines += distance_lines(record, made["name"], made["dimension"], counts)
     for name, score in record.get("scores", {}).items():
         cut = f" (it does not see the ends of {score['captions_cut']:,} prompts, which are too long)" if score["captions_cut"] else ""
         lines.append(f"{decided['metrics'][name].get('name', name)} {_score(score)}{cut}")

@@ -69,9 +69,8 @@ def fid(
 
     from t2i_experts.evaluation.features import FeatureOptions
     from t2i_experts.evaluation.processes import open_processes
-    from t2i_experts.evaluation.protocol import PICTURES, Comparison, Pace, compare, measure_sets, remarks
+    from t2i_experts.evaluation.protocol import PICTURES, Comparison, Pace, compare, keep_statistics, measure_sets, remarks
     from t2i_experts.evaluation.records import made_by
-    from t2i_experts.evaluation.statistics import save_statistics
 
     started = time.perf_counter()
     wanted = Comparison(kid, precision_recall, infinity, seed)
@@ -87,10 +86,9 @@ def fid(
     for note in notes:
         typer.echo(f"note: {note}", err=True)
     if save_stats is not None:
-        made = sets["A"].made
-        save_statistics(save_stats, sets["A"].gaussian, None if made is None else json.dumps(made))
+        keep_statistics(save_stats, sets["A"])
     numbers = compare(sets["A"], sets["B"], wanted, place) if b is not None else {}
-    made = next((measured.made for measured in sets.values() if measured.made is not None), None)
+    made = next((measured.made for _, measured in sorted(sets.items()) if measured.made is not None), None)
     called = {"A": "set"} if b is None else {"A": "generated", "B": "reference"}
     record: dict[str, Any] = {
         **made_by("eval fid"),

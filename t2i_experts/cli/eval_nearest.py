@@ -128,7 +128,10 @@ def nearest(
     from t2i_experts.registry import registry
 
     if features not in ("pixels", "tiles"):
-        registry.check("features", features)
+        try:
+            registry.check("features", features)
+        except ValueError as error:
+            raise ValueError(f"{error}; and pixels, tiles") from error
 
     with without_collecting():
         from t2i_experts.config import check_threshold

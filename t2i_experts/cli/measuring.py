@@ -43,7 +43,10 @@ def distance_lines(numbers: Mapping[str, Any], name: str, dimension: int, counts
     if "infinity" in numbers:
         lines.append(f"{name} of infinitely many pictures {numbers['infinity']['value']:.4f} +- {numbers['infinity']['error']:.4f}")
     if "kid" in numbers:
-        lines.append("KID {mean:.6f} +- {spread:.6f} ({subsets} subsets of {size})".format(**numbers["kid"]))
+        found = numbers["kid"]
+        everything = set(counts.values()) == {found["size"]}  # then all subsets are the same
+        spread = "(all {size} of each: no spread)" if everything else "+- {spread:.6f} ({subsets} subsets of {size})"
+        lines.append(f"KID {{mean:.6f}} {spread}".format(**found))
     if "precision_recall" in numbers:
         shown = "precision {precision:.4f}, recall {recall:.4f} ({neighbours} nearest neighbours)"
         lines.append(shown.format(**numbers["precision_recall"]))

@@ -104,6 +104,7 @@ def read_captions(path: Path, pictures: PictureSet) -> Mapping[str, tuple[str, .
     if missing:
         raise ValueError(
             f"{path} has no caption for {len(missing):,} of the {pictures.count:,} pictures of {pictures.path}: {_some(missing)}"
+            + (f"; it has some of files that are not there: {_some(lonely)}" if lonely else "")
         )
     if lonely:
         raise ValueError(f"{path} has captions for {len(lonely):,} pictures that {pictures.path} does not have: {_some(lonely)}")

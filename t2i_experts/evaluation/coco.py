@@ -7,7 +7,6 @@ the parts in their order, so that neither changes the number. Whatever processes
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -27,10 +26,10 @@ from t2i_experts.evaluation.parts import Parts, check_work, open_work
 from t2i_experts.evaluation.pictures import set_hash
 from t2i_experts.evaluation.processes import Processes
 from t2i_experts.evaluation.prompts import PromptList
-from t2i_experts.evaluation.protocol import PICTURES, Comparison, MeasuredSet, Progress, check_alike, compare, remarks
+from t2i_experts.evaluation.protocol import PICTURES, Comparison, MeasuredSet, Progress, check_alike, compare, keep_statistics, remarks
 from t2i_experts.evaluation.records import differences, in_words, read_json, write_json, write_values
 from t2i_experts.evaluation.seeing import Drawing, Networks, draw_parts, reference_parts, to_make
-from t2i_experts.evaluation.statistics import FeatureStatistics, save_statistics
+from t2i_experts.evaluation.statistics import FeatureStatistics
 
 _TOKENIZED = 1024  # prompts at a time
 
@@ -180,8 +179,7 @@ class Evaluation:
 
     def keep_reference(self, reference: MeasuredSet, path: Path) -> None:
         """Writes its statistics, with how they were made, as a file that `read_statistics` reads."""
-        made = {**(reference.made or {}), **{k: v for k, v in self.networks.features_made().items() if k != "features"}}
-        save_statistics(path, reference.gaussian, json.dumps(made))
+        keep_statistics(path, reference, {k: v for k, v in self.networks.features_made().items() if k != "features"})
 
     def unread(self) -> Unread:
         """Which of the prompts the model and the metrics read only in part."""

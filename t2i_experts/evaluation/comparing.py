@@ -217,6 +217,13 @@ def _set(record: Mapping[str, Any], what: str) -> dict[str, Any]:
     return {f"{what}.sha256": record["sha256"]} | ({} if record["count"] is None else {f"{what}.count": record["count"]})
 
 
+def _reference(record: Mapping[str, Any], decided: Mapping[str, Any]) -> dict[str, Any]:
+    """The reference by its pictures and how they were seen, also where only their statistics are at hand; else by the file of these."""
+    pictures = {"sha256": record["sha256"], **{name: decided[name] for name in ("resolution", "square") if name in decided}}
+    known = {"sha256": record["sha256"], **record.get("of", {})} if record["kind"] == "statistics" else pictures
+    return {**_set(record, "reference"), **{f"reference.{name}": value for name, value in known.items()}}
+
+
 def _distances(record: Mapping[str, Any], path: Path) -> dict[str, Number]:
     """Those of `eval fid`, and of `eval coco` where it has a reference."""
     if "distance" not in record:
@@ -225,7 +232,7 @@ def _distances(record: Mapping[str, Any], path: Path) -> dict[str, Number]:
     needs = {
         **_network(features, "features"),
         "pictures": record["pictures"],
-        **_set(record["reference"], "reference"),
+        **_reference(record["reference"], decided),
         "generated.count": record["generated"]["count"],
         **_seen(decided),
     }

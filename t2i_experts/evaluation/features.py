@@ -184,7 +184,8 @@ def open_towers(model: str, weights: str | None) -> Towers:
     try:
         return Towers.load(EncoderConfig("clip_image", model, weights), None, None)
     except ValueError as error:
-        raise ValueError(f"model={model!r} with weights={weights!r}: {error}") from error
+        said = str(error).replace("`pretrained`", "`weights`").replace("pretrained=", "weights=")  # a config's word for the same
+        raise ValueError(f"model={model!r} with weights={weights!r}: {said}") from error
 
 
 class OpenCLIPFeatures:

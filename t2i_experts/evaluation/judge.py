@@ -279,7 +279,7 @@ def load_judge(name: str, device: torch.device | str = "cpu") -> Judge:
         folder = local_folder(name, None)
     if folder is None or not (folder / CONFIG).is_file():
         missing = "does not ship with this package" if name.startswith(EMBEDDED) else f"is no folder with {CONFIG}"
-        raise ValueError(f"judge={name!r} {missing}; allowed: a folder that scripts/train_judge.py has written")
+        raise ValueError(f"judge={name!r} {missing}; allowed: a folder that scripts/judge.sh has made")
     try:
         facts = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         known = {one.name for one in fields(JudgeConfig)}

@@ -110,7 +110,7 @@ def table(judged: Judged, judge: Judge) -> str:
     own = judge.accuracy.get("all", {}).get("categories", {})
     unseen = judged.scores("held-out")
     rows: list[tuple[str, ...]] = [
-        ("", "right", "by chance", "cases", "where shown", "by chance", "unseen", "judge confirms", "judge rejects")
+        ("in per cent", "right", "by chance", "cases", "where shown", "by chance", "unseen", "judge confirms", "judge rejects")
     ]
     for category, score in judged.scores().items():
         rows.append(

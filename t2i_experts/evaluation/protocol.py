@@ -22,7 +22,7 @@ from t2i_experts.evaluation.kid import kernel_distance
 from t2i_experts.evaluation.pictures import PictureSet, Unreadable, open_pictures, refuse_unreadable, set_hash
 from t2i_experts.evaluation.precision_recall import precision_recall
 from t2i_experts.evaluation.processes import ALONE, Processes, connected, interleaved_tensors
-from t2i_experts.evaluation.statistics import Gaussian, load_statistics
+from t2i_experts.evaluation.statistics import Gaussian, load_statistics, save_statistics
 
 PICTURES = "upright by EXIF, transparency on white, first frame of animations, colour profiles not applied"
 _MAKING = ("features", "dimension", "protocol", "resize", "size", "model", "sha256")
@@ -32,7 +32,8 @@ _MAKING = ("features", "dimension", "protocol", "resize", "size", "model", "sha2
 @dataclass(frozen=True, eq=False)
 class MeasuredSet:
     """What is compared of a set. features: (N, D) float32, if they were to be kept. made: the extractor's record, or None for a statistics
-    file that does not say. record: path, kind, count and hash of the set: of its pictures by name and bytes, or of the statistics file."""
+    file that does not say. record: path, kind, count and hash of the set: of its pictures by name and bytes, or of the statistics file,
+    with `of`, the pictures' own, where the file tells."""
 
     gaussian: Gaussian
     features: Tensor | None
@@ -63,7 +64,22 @@ def read_statistics(path: Path) -> MeasuredSet:
     except ValueError as error:
         raise ValueError(f"statistics file {path}: its protocol is no JSON: {error}") from error
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return MeasuredSet(gaussian, None, made, {"path": str(path), "kind": "statistics", "count": gaussian.count, "sha256": digest})
+    record = {"path": str(path), "kind": "statistics", "count": gaussian.count, "sha256": digest}
+    of = made.pop("of", None) if isinstance(made, dict) else None
+    return MeasuredSet(gaussian, None, made, record if of is None else {**record, "of": of})
+
+
+def keep_statistics(path: Path, measured: MeasuredSet, seen: Mapping[str, Any] | None = None) -> None:
+    """Writes what `read_statistics` reads: mean and covariance, how the features were made, and of which pictures.
+
+    seen: how the pictures came to the network, if not as they are. Raises ValueError if the file cannot be written.
+    """
+    if measured.made is None:
+        save_statistics(path, measured.gaussian)
+        return
+    known = measured.record.get("of") if measured.record["kind"] == "statistics" else {"sha256": measured.record["sha256"], **(seen or {})}
+    made = {**measured.made, **(seen or {}), **({} if known is None else {"of": known})}
+    save_statistics(path, measured.gaussian, json.dumps(made))
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,8 @@ def about(record: Record) -> list[str]:
         count = "" if reference["count"] is None else f"{reference['count']:,} pictures of "
         which = f" ({reference['which']})" if "which" in reference else ""
         lines.append(f"{distance_name(record)} to {count}{reference['path']}{which}, {_made(made)}")
+        if prompts["count"] <= made["dimension"]:
+            lines.append(f"with few pictures it is far too large: {prompts['count']:,} for {made['dimension']:,} dimensions")
     lines += [f"{metric_name(record, name)}, {_made(metric)}" for name, metric in decided["metrics"].items()]
     lines.append(f"seen at {decided['resolution']} px, drawn in {decided['dtype']} on {decided['device']}")
     return lines

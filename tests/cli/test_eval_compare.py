@@ -156,6 +156,30 @@ def test_pictures_of_one_name_in_two_tars_are_not_paired(kept: Callable[..., Any
     assert not found["paired"]
 
 
+def test_statistics_compare_with_the_pictures_that_they_are_of(kept: Callable[..., Any], cli: CLI) -> None:
+    a = kept("a.json", "fid", "a", "real", *FID)
+    for name, pictures in (("real", "real"), ("other", "b")):
+        kept("saved.json", "fid", pictures, *FID, "--save-stats", f"{name}.npz")
+    b = kept("b.json", "fid", "b", "real.npz", *FID)
+    assert b["reference"]["of"] == {"sha256": a["reference"]["sha256"]} and b["reference"]["sha256"] != a["reference"]["sha256"]
+    code, out, err = cli("eval", "compare", "a.json", "b.json", "--json")
+    assert code == 0 and json.loads(out)["obstacles"] == [], err
+    kept("saved.json", "fid", "real.npz", "--save-stats", "again.npz", "--json")
+    assert kept("again.json", "fid", "b", "again.npz", *FID)["reference"]["of"] == b["reference"]["of"]
+    kept("c.json", "fid", "b", "other.npz", *FID)
+    code, _, err = cli("eval", "compare", "a.json", "c.json")
+    assert code == 2 and "reference.sha256: " in err
+    squares = {**b["reference"], "of": {**b["reference"]["of"], "resolution": 64}}  # as `eval coco` saw the same pictures
+    changed("b.json", "d.json", "reference", to=squares)
+    code, _, err = cli("eval", "compare", "a.json", "d.json")
+    assert code == 2 and "reference.resolution: not known and 64" in err
+    with np.load("real.npz") as arrays:  # one of another program, which does not say
+        np.savez("bare.npz", mu=arrays["mu"], sigma=arrays["sigma"])
+    for name in ("e", "f"):
+        kept(f"{name}.json", "fid", "a", "bare.npz", *FID)
+    assert cli("eval", "compare", "e.json", "f.json")[0] == 0 and cli("eval", "compare", "a.json", "e.json")[0] == 2
+
+
 def test_scores_of_the_same_captions_are_compared_picture_by_picture(kept: Callable[..., Any], cli: CLI) -> None:
     for name in "ab":
         kept(f"{name}.json", "clip", name, *CLIP, "--values", f"{name}.csv")

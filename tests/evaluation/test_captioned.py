@@ -84,6 +84,7 @@ def rows(*names: str) -> str:
     [
         ("c.csv", "", r"c.csv has the suffix '.csv'; allowed: .jsonl, .tsv, .txt"),
         ("c.tsv", rows(*NAMES[1:4]), r"c.tsv has no caption for 2 of the 5 pictures of .*: a.png, e.png$"),
+        ("c.tsv", "picture\tcaption\n" + rows(*NAMES[1:]), r"1 of the 5 .*: a.png; it has some of files .* not there: picture$"),
         ("c.tsv", rows(*NAMES, "f.png", "g.png"), r"c.tsv has captions for 2 pictures that .* does not have: f.png, g.png$"),
         ("c.tsv", rows("a.png", "b.png", "./a.png"), "c.tsv, line 3: a second caption of a.png"),
         ("c.tsv", "a.png\tx\nb.png\t \n", "c.tsv, line 2: the caption of b.png is empty"),

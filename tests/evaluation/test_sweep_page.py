@@ -33,11 +33,22 @@ def record(
     return {
         "prompts": {"count": 5000, "path": "held-out", "sha256": "ab" * 32},
         "reference": {"count": 4000, "path": "held-out", "which": "chosen"} if distance else None,
-        "features": {"name": "FID", "features": "inception", "protocol": "pytorch-fid"} if distance else None,
+        "features": {"name": "FID", "features": "inception", "dimension": 2048, "protocol": "pytorch-fid"} if distance else None,
         "decided_by": {"seed": 0, "resolution": 256, "dtype": "float32", "device": "cpu", "metrics": metrics},
         "points": points,
         "best": best(points),
     }
+
+
+def test_too_few_pictures_are_told_on_the_page_and_in_the_curve() -> None:
+    found = record(["a"], [("euler", 10)], [1.0, 2.0])
+    few = "with few pictures it is far too large: 2,048 for 2,048 dimensions"
+    for count, told in ((2049, False), (2048, True)):
+        found["prompts"]["count"] = count
+        assert (f"- {few}" in markdown(found).splitlines()) == told and (few in curve(found).subtitle) == told
+    found = record(["a"], [("euler", 10)], [1.0, 2.0], distance=False)
+    found["prompts"]["count"] = 10
+    assert "few pictures" not in markdown(found)
 
 
 def cells(page: str, heading: str) -> list[list[str]]:
