@@ -228,3 +228,8 @@ def test_features_that_are_not_finite_name_their_picture(cli: CLI, world: Path, 
     monkeypatch.setattr(spaces, "_pixels", broken)
     code, out, err = cli("eval", "nearest", "drawn", "--train", "train", *CPU)
     assert (code, out) == (2, "") and "the features of 33.png hold NaN or infinity" in err
+
+
+def test_an_unknown_space_is_told_what_there_is(cli: CLI, world: Path) -> None:
+    code, _, err = cli("eval", "nearest", "drawn", "--train", "train", "--features", "pixel", *CPU)
+    assert code == 2 and "allowed: " in err and "pixels, tiles" in err
