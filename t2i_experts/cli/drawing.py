@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from t2i_experts.cli.importing import without_collecting
@@ -39,6 +40,15 @@ def open_pipeline(model: str | None, device: str | None, dtype: str | None, *, c
         from t2i_experts.cascade.pipeline import CascadePipeline
 
         return CascadePipeline.from_pretrained(model, device=device, dtype=getattr(torch, dtype) if dtype else None, compile=compile)
+
+
+def pipeline_settings(pipeline: CascadePipeline, given: Mapping[str, Any]) -> SamplingConfig:
+    """What pictures are drawn with, by what `given_sampling` gives. Raises ValueError for what this model cannot be sampled with."""
+    from t2i_experts.config import check_threshold
+
+    settings = pipeline.settings(**given)
+    check_threshold(settings.threshold, pipeline.base.config.codec, "--")
+    return settings
 
 
 def what_decides(pipeline: CascadePipeline, settings: SamplingConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, what_decides
+from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, pipeline_settings, what_decides
 from t2i_experts.cli.evaluating import (
     LOOKED_AT_TOGETHER,
     Annotations,
@@ -35,7 +35,6 @@ from t2i_experts.cli.evaluating import (
     shown_metric,
     shown_prompts,
     shown_reference,
-    use_device,
 )
 from t2i_experts.cli.importing import without_collecting
 from t2i_experts.cli.measuring import check_pace, distance_lines, machine
@@ -123,7 +122,6 @@ def coco(
     sources.check(compared, bool(looking.metrics))
 
     with without_collecting():
-        from t2i_experts.config import check_threshold
         from t2i_experts.evaluation.coco import REFERENCE, Evaluation
         from t2i_experts.evaluation.processes import open_processes
         from t2i_experts.evaluation.protocol import Comparison
@@ -135,10 +133,8 @@ def coco(
     with open_processes() as processes:
 
         def open_drawing() -> Drawing:
-            use_device(place)
             pipeline = open_pipeline(model, str(place), dtype, compile=compile)
-            settings = pipeline.settings(**given)
-            check_threshold(settings.threshold, pipeline.base.config.codec, "--")
+            settings = pipeline_settings(pipeline, given)
             return Drawing(pipeline, found.listed, seed, settings, batch_size, what_decides(pipeline, settings))
 
         def plan() -> Evaluation:

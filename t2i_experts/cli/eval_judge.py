@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, what_decides
+from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, pipeline_settings, what_decides
 from t2i_experts.cli.generate import make_folder, slug
 from t2i_experts.cli.importing import without_collecting
 from t2i_experts.cli.measuring import machine
@@ -60,7 +60,6 @@ def judge(
     given = given_sampling(steps=steps, guidance=guidance, sampler=sampler, threshold=threshold)
 
     with without_collecting():
-        from t2i_experts.config import check_threshold
         from t2i_experts.evaluation.composition import load_prompts
         from t2i_experts.evaluation.judge import load_judge
         from t2i_experts.evaluation.judging import draw_and_judge, table
@@ -77,8 +76,7 @@ def judge(
             own = device if processes.count == 1 else str(processes.device(device))
             pipeline = open_pipeline(model, own, dtype)
             trained.check_independent(pipeline.model.provenance)
-            settings = pipeline.settings(**given)
-            check_threshold(settings.threshold, pipeline.base.config.codec, "--")
+            settings = pipeline_settings(pipeline, given)
             trained.network.to(pipeline.device)
             return trained, pipeline, settings
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, what_decides
-from t2i_experts.cli.evaluating import FeaturesModel, Seed
+from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, pipeline_settings, what_decides
+from t2i_experts.cli.evaluating import FeaturesModel, Seed, features_model_named
 from t2i_experts.cli.generate import make_folder
 from t2i_experts.cli.importing import without_collecting
 from t2i_experts.cli.measuring import check_pace, machine
@@ -134,7 +134,6 @@ def nearest(
             raise ValueError(f"{error}; and pixels, tiles") from error
 
     with without_collecting():
-        from t2i_experts.config import check_threshold
         from t2i_experts.evaluation.features import FeatureOptions
         from t2i_experts.evaluation.looking import Drawn, Stored
         from t2i_experts.evaluation.memorisation import Comparing, find_nearest
@@ -154,17 +153,14 @@ def nearest(
             return stored, stored.first_side(), {}
         listed = Sources(None, None, None, num, 0, None, prompts, "chosen").listed()
         pipeline = open_pipeline(model, str(place), dtype)
-        settings = pipeline.settings(**given)
-        check_threshold(settings.threshold, pipeline.base.config.codec, "--")
+        settings = pipeline_settings(pipeline, given)
         facts = what_decides(pipeline, settings)
         told = {"prompts": {**listed.origin, "count": len(listed.prompts), "sha256": listed.sha256}, "seed": seed, **facts}
         return Drawn(Drawing(pipeline, listed, seed, settings, batch_size, facts)), pipeline.base.config.size, told
 
     def load() -> Comparing:
-        try:
+        with features_model_named():
             space = load_space(features, FeatureOptions(protocol, resize, weights, features_model), place)
-        except ValueError as error:
-            raise ValueError(str(error).replace("--model", "--features-model")) from error
         return Comparing(space, resolution or side, Pace(place, batch, workers), processes)
 
     started = time.perf_counter()
@@ -175,8 +171,7 @@ def nearest(
         if out is not None:
             processes.together(lambda: make_folder(out) if processes.main else None)  # what cannot be written is known before the work
         asked, side, decided = processes.together(open_generated)
-        first = processes.together(lambda: load() if processes.local_rank == 0 else None)  # what is downloaded is downloaded once a host
-        how = processes.together(lambda: first or load())
+        how = processes.once_a_host_first(load)
         found = find_nearest(asked, training, real, how, progress_bar if processes.main else no_bar)
     if not processes.main:
         return

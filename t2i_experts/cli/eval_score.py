@@ -92,8 +92,7 @@ def measure(
         def load() -> tuple[CaptionedPictures, Metric]:
             return open_captioned(pictures, captions), load_metric(name, options, place)
 
-        first = processes.together(lambda: load() if processes.local_rank == 0 else None)  # what has to be downloaded comes once
-        captioned, metric = processes.together(lambda: first or load())
+        captioned, metric = processes.once_a_host_first(load)
         with (progress_bar if processes.main else no_bar)(pictures.name) as progress:
             measured = measure_captioned(captioned, metric, Pace(place, batch, workers), progress=progress, processes=processes)
     if not processes.main:

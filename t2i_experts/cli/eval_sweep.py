@@ -33,7 +33,6 @@ from t2i_experts.cli.evaluating import (
     check_counts,
     duration,
     find,
-    use_device,
 )
 from t2i_experts.cli.importing import without_collecting
 from t2i_experts.cli.measuring import check_pace, machine
@@ -196,7 +195,6 @@ def sweep(
         wanted = Comparison(kid, precision_recall, infinity)
         found = processes.together(lambda: find(material_of, wanted))
         place = processes.together(lambda: processes.device(device))
-        processes.together(lambda: use_device(place))
         opened = _Opened(lambda source: open_pipeline(source, str(place), dtype, compile=compile))
         processes.together(lambda: opened.of(sources[0]))
         networks = looking.open(place, workers, compares=material_of.compares, processes=processes)

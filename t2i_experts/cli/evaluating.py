@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -98,7 +99,7 @@ class Looking:
         }
 
     def open(self, place: torch.device, workers: int, *, compares: bool, processes: Processes) -> Networks:
-        """The networks, on one process of each host first: what is downloaded is downloaded once. Raises ValueError on all of them."""
+        """The networks, the same in all processes. Raises ValueError on all of them."""
         from t2i_experts.evaluation.features import FeatureOptions, load_features
         from t2i_experts.evaluation.metrics import load_metric
         from t2i_experts.evaluation.protocol import Pace
@@ -106,15 +107,21 @@ class Looking:
 
         def load() -> Networks:
             options = FeatureOptions(self.protocol, self.resize, self.weights, self.features_model)
-            try:
+            with features_model_named():
                 extractor = load_features(self.features, options, place) if compares else None
-            except ValueError as error:
-                raise ValueError(str(error).replace("--model", "--features-model")) from error
             scorers = {name: load_metric(name, words, place) for name, words in self.named}
             return Networks(extractor, scorers, self.resolution, Pace(place, LOOKED_AT_TOGETHER, workers))
 
-        first = processes.together(lambda: load() if processes.local_rank == 0 else None)
-        return processes.together(lambda: first or load())
+        return processes.once_a_host_first(load)
+
+
+@contextmanager
+def features_model_named() -> Iterator[None]:
+    """Errors of a network of features call its model's option by the name that it has beside the --model that draws."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("--model", "--features-model")) from error
 
 
 def check_counts(*, num: int | None, resolution: int, batch_size: int, seed: int, caption_seed: int) -> None:
@@ -149,14 +156,6 @@ def find(sources: Sources, wanted: Comparison) -> Material:
     if sources.compares:
         refuse_impossible(len(listed.prompts), len(names), statistics, wanted)
     return Material(listed, sources.originals, names, statistics)
-
-
-def use_device(place: torch.device) -> None:
-    """Makes a GPU of this process's own the one that it takes room on: several processes would else all do so on the first."""
-    import torch
-
-    if place.index is not None and place.type == "cuda":
-        torch.cuda.set_device(place)
 
 
 def shown_prompts(prompts: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, what_decides
+from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, pipeline_settings, what_decides
 from t2i_experts.cli.importing import without_collecting
 from t2i_experts.cli.options import BatchSize, Compile, Device, Dtype, Guidance, Json, Model, Sampler, Steps, Threshold
 
@@ -74,7 +74,7 @@ def generate(
         raise ValueError(f"--style={style}: {error}") from error
     shape = picture_shape(model, size, width, height)
     pipeline = open_pipeline(model, device, dtype, compile=compile)
-    settings = pipeline.settings(**given)
+    settings = pipeline_settings(pipeline, given)
     refuse_what_would_be_ignored(pipeline, settings, negative, style)
     read = [*dict.fromkeys([*texts, negative])]
     warn_of_truncation(pipeline, read)
@@ -203,9 +203,6 @@ def picture_shape(model: str | None, size: int | None, width: int | None, height
 
 def refuse_what_would_be_ignored(pipeline: CascadePipeline, settings: SamplingConfig, negative: str, style: Path | None) -> None:
     """Raises ValueError for an option that would not change the picture, or cannot."""
-    from t2i_experts.config import check_threshold
-
-    check_threshold(settings.threshold, pipeline.base.config.codec, "--")
     if negative.strip() and settings.guidance == 1:
         raise ValueError(f"--negative={negative!r} has no effect with guidance 1; give --guidance another value, such as 4")
     if style is not None and all(encoder.reads != "image" for encoder in pipeline.model.conditioner.encoders.values()):

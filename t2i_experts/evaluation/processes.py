@@ -54,12 +54,14 @@ class Processes:
         Raises ValueError for one that this machine lacks, and for several processes on one GPU by its number.
         """
         place = default_device() if device is None else open_device(device, f"--device={device!r}")
-        if self.count == 1 or place.type != "cuda":
-            return place
-        if place != torch.device("cuda"):
-            raise ValueError(f"--device={device!r} would put {self.count} processes on one GPU; say cuda, and each takes one of its own")
-        place = open_device(f"cuda:{self.local_rank}", f"--device=cuda:{self.local_rank}, of process {self.local_rank} on its host,")
-        torch.cuda.set_device(place)
+        if self.count > 1 and place.type == "cuda":
+            if place != torch.device("cuda"):
+                raise ValueError(
+                    f"--device={device!r} would put {self.count} processes on one GPU; say cuda, and each takes one of its own"
+                )
+            place = open_device(f"cuda:{self.local_rank}", f"--device=cuda:{self.local_rank}, of process {self.local_rank} on its host,")
+        if place.type == "cuda" and place.index is not None:
+            torch.cuda.set_device(place)  # what takes room without being told where would else do so on the first GPU
         return place
 
     def together(self, step: Callable[[], Result]) -> Result:
@@ -85,6 +87,11 @@ class Processes:
                     raise ValueError(f"process {rank}: {message}")
                 raise FailedProcess(f"process {rank} has failed with {kind}: {message}")
         return result
+
+    def once_a_host_first(self, load: Callable[[], Result]) -> Result:
+        """`load` together, by one process of each host before the others, so that what has to be downloaded is downloaded once."""
+        first = self.together(lambda: load() if self.local_rank == 0 else None)
+        return self.together(lambda: load() if first is None else first)
 
     def agree(self, what: str, value: object) -> None:
         """Raises ValueError, in every process, if this value is not the same in all of them; of JSON's plain values by names, it names

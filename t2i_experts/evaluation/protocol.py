@@ -219,13 +219,8 @@ def _measured(
 
 
 def _loaded(features: str, options: FeatureOptions, device: torch.device, processes: Processes) -> FeatureExtractor:
-    """The extractor. One process of each host loads it first, so that what has to be downloaded is downloaded once."""
-
-    def load() -> FeatureExtractor:
-        return load_features(features, options, device)
-
-    first = processes.together(lambda: load() if processes.local_rank == 0 else None)
-    extractor = processes.together(lambda: first or load())
+    """The extractor, the same in all processes."""
+    extractor = processes.once_a_host_first(lambda: load_features(features, options, device))
     processes.agree("the networks of the features", {name: extractor.record.get(name) for name in _MAKING})
     return extractor
 
