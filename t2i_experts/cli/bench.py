@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from t2i_experts.cli.options import Config, Json, Overrides, complete_model, group
+from t2i_experts.cli.options import Config, Json, Overrides, check_counts, complete_model, group
 
 if TYPE_CHECKING:
     from t2i_experts.bench.result import Result
@@ -194,9 +194,7 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """From a prompt to a picture: every kernel by itself, beside evaluations replayed as CUDA graphs and compiled ones."""
-    for name, value in (("steps", steps), ("batch-size", batch_size)):
-        if value < 1:
-            raise ValueError(f"--{name}={value} must be at least 1")
+    check_counts(steps=steps, batch_size=batch_size)
 
     from t2i_experts.bench.machine import bench_device
     from t2i_experts.bench.sample import bench_sample

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from t2i_experts.cli.options import Json, complete_config
+from t2i_experts.cli.options import Json, check_counts, complete_config
 
 if TYPE_CHECKING:
     from t2i_experts.cli.findings import Finding
@@ -35,9 +35,7 @@ def doctor(
     No weights are downloaded; shards behind URLs are read for some seconds (and pipe: commands run) unless --no-shards. Exit code 1 if
     something is wrong; each problem comes with what to do about it.
     """
-    for name, value in (("processes", processes), ("pictures", pictures)):
-        if value < 1:
-            raise ValueError(f"--{name}={value} must be at least 1")
+    check_counts(processes=processes, pictures=pictures)
     if config is None and measure:
         raise ValueError("--measure needs a CONFIG to measure")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything reads it

@@ -28,7 +28,7 @@ from t2i_experts.cli.evaluating import (
     Resolution,
     Seed,
     Shards,
-    check_counts,
+    check_numbers,
     duration,
     find,
     shown_features,
@@ -108,7 +108,7 @@ def coco(
     the networks in the same way: centre square, --resolution by Lanczos. A run that was stopped goes on with the same command; on several
     GPUs or hosts: accelerate launch -m t2i_experts eval coco ... evaluation/README.md says what else makes the number.
     """
-    check_counts(num=num, resolution=resolution, batch_size=batch_size, seed=seed, caption_seed=caption_seed)
+    check_numbers(num=num, resolution=resolution, batch_size=batch_size, seed=seed, caption_seed=caption_seed)
     check_dtype(dtype)
     workers = check_pace(LOOKED_AT_TOGETHER, workers)
     looking = Looking(features, protocol, resize, weights, features_model, metric or (), resolution)

@@ -13,7 +13,7 @@ from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, 
 from t2i_experts.cli.generate import make_folder, slug
 from t2i_experts.cli.importing import without_collecting
 from t2i_experts.cli.measuring import machine
-from t2i_experts.cli.options import BatchSize, Device, Dtype, Guidance, Json, Model, Sampler, Steps, Threshold, one_voice
+from t2i_experts.cli.options import BatchSize, Device, Dtype, Guidance, Json, Model, Sampler, Steps, Threshold, check_counts, one_voice
 from t2i_experts.cli.progress import no_bar, progress_bar
 
 if TYPE_CHECKING:
@@ -49,9 +49,7 @@ def judge(
 
     On several GPUs or hosts: accelerate launch -m t2i_experts eval judge ...; the processes share the pictures.
     """
-    for name, value in (("num", num), ("batch-size", batch_size)):
-        if value < 1:
-            raise ValueError(f"--{name}={value} must be at least 1")
+    check_counts(num=num, batch_size=batch_size)
     if seed < 0:
         raise ValueError(f"--seed={seed} must not be negative")
     check_dtype(dtype)

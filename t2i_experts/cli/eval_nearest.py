@@ -29,6 +29,7 @@ from t2i_experts.cli.options import (
     Threshold,
     Weights,
     Workers,
+    check_counts,
     complete_features,
     one_voice,
 )
@@ -106,15 +107,9 @@ def nearest(
         raise ValueError(
             "give either GENERATED, a folder of pictures, or --prompts FILE to draw them; received " + ("both" if prompts else "neither")
         )
-    for name, value, low in (
-        ("num", num, 1),
-        ("resolution", resolution, 1),
-        ("batch-size", batch_size, 1),
-        ("pairs", pairs, 1),
-        ("seed", seed, 0),
-    ):
-        if value is not None and value < low:
-            raise ValueError(f"--{name}={value} must be at least {low}")
+    check_counts(num=num, resolution=resolution, batch_size=batch_size, pairs=pairs)
+    if seed < 0:
+        raise ValueError(f"--seed={seed} must be at least 0")
     if pairs > _MOST_PAIRS:
         raise ValueError(f"--pairs={pairs} must be at most {_MOST_PAIRS}: pairs.csv in --out lists all")
     check_dtype(dtype)

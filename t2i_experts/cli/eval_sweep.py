@@ -30,7 +30,7 @@ from t2i_experts.cli.evaluating import (
     Resolution,
     Seed,
     Shards,
-    check_counts,
+    check_numbers,
     duration,
     find,
 )
@@ -126,7 +126,7 @@ def sweep(
     with the same command, and more guidances or another --model add to it. On several GPUs or hosts: accelerate launch -m t2i_experts eval
     sweep ...
     """
-    check_counts(num=num, resolution=resolution, batch_size=batch_size, seed=seed, caption_seed=caption_seed)
+    check_numbers(num=num, resolution=resolution, batch_size=batch_size, seed=seed, caption_seed=caption_seed)
     check_dtype(dtype)
     workers = check_pace(LOOKED_AT_TOGETHER, workers)
     looking = Looking(features, protocol, resize, weights, features_model, metric or (), resolution)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from t2i_experts.cli.importing import without_collecting
+from t2i_experts.cli.options import check_counts
 
 if TYPE_CHECKING:
     import torch
@@ -124,11 +125,9 @@ def features_model_named() -> Iterator[None]:
         raise ValueError(str(error).replace("--model", "--features-model")) from error
 
 
-def check_counts(*, num: int | None, resolution: int, batch_size: int, seed: int, caption_seed: int) -> None:
+def check_numbers(*, num: int | None, resolution: int, batch_size: int, seed: int, caption_seed: int) -> None:
     """Raises ValueError for numbers that mean nothing."""
-    for name, value in (("num", num), ("resolution", resolution), ("batch-size", batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"--{name}={value} must be at least 1")
+    check_counts(num=num, resolution=resolution, batch_size=batch_size)
     for name, value in (("seed", seed), ("caption-seed", caption_seed)):
         if value < 0:
             raise ValueError(f"--{name}={value} must not be negative")

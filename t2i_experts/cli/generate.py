@@ -15,7 +15,7 @@ import typer
 
 from t2i_experts.cli.drawing import check_dtype, given_sampling, open_pipeline, pipeline_settings, what_decides
 from t2i_experts.cli.importing import without_collecting
-from t2i_experts.cli.options import BatchSize, Compile, Device, Dtype, Guidance, Json, Model, Sampler, Steps, Threshold
+from t2i_experts.cli.options import BatchSize, Compile, Device, Dtype, Guidance, Json, Model, Sampler, Steps, Threshold, check_counts
 
 if TYPE_CHECKING:
     from t2i_experts.cascade.pipeline import CascadePipeline
@@ -50,9 +50,7 @@ def generate(
 ) -> None:
     """Make pictures from a prompt."""
     texts = read_prompts(prompt, prompts, negative)
-    for name, value in (("num", num), ("batch-size", batch_size), ("size", size), ("width", width), ("height", height)):
-        if value is not None and value < 1:
-            raise ValueError(f"--{name}={value} must be at least 1")
+    check_counts(num=num, batch_size=batch_size, size=size, width=width, height=height)
     if seed < 0:
         raise ValueError(f"--seed={seed} must not be negative")
     if (width is None) != (height is None) or None not in (size, width):

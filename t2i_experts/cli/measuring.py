@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from t2i_experts.cli.options import check_counts
 from t2i_experts.shards.parallel import cores
 
 if TYPE_CHECKING:
@@ -16,9 +17,7 @@ def check_pace(batch: int, workers: int | None) -> int:
     """The threads that decode pictures, this process's share of the cores if not given. Raises ValueError for less than one."""
     if workers is None:
         workers = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    for name, value in (("batch", batch), ("workers", workers)):
-        if value < 1:
-            raise ValueError(f"--{name}={value} must be at least 1")
+    check_counts(batch=batch, workers=workers)
     return workers
 
 

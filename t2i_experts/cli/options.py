@@ -23,6 +23,13 @@ def group(name: str, help: str) -> typer.Typer:
     )
 
 
+def check_counts(**counts: int | None) -> None:
+    """Raises ValueError for one that is less than 1, by its option's name; None is one that was not given."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}={value} must be at least 1")
+
+
 @contextlib.contextmanager
 def one_voice() -> Iterator[None]:
     """Lets the main process of a launcher's tell what went wrong, where it went wrong in all of them; the others end with the same exit

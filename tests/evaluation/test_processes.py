@@ -297,3 +297,19 @@ def test_features_that_are_no_numbers_are_named(sets: Path, monkeypatch: pytest.
     monkeypatch.setattr(OpenCLIPFeatures, "encode", lambda self, prepared: encode(self, prepared)[:-1])
     with pytest.raises(ValueError, match=r"shape \(3, 12\) where 12 features of each of 4 images were expected, from image 0"):
         measure_images(pictures(4), extractor, Pace(CPU), name="samples")
+
+
+def test_one_process_of_a_host_loads_before_the_others_and_each_loads_once(tmp_path: Path) -> None:
+    def work(rank: int) -> tuple[list[int], int]:
+        def load() -> int:
+            seen.append(len(list(tmp_path.glob("loaded*"))))  # how many others were done when this one began
+            (tmp_path / f"loaded{rank}").touch()
+            return rank
+
+        seen: list[int] = []
+        with open_processes() as processes:
+            return seen, processes.once_a_host_first(load)
+
+    (first, *others) = launched(3, work, tmp_path)
+    assert first == ([0], 0)
+    assert [result for _, result in others] == [1, 2] and all(len(seen) == 1 and seen[0] >= 1 for seen, _ in others)
