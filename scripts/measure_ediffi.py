@@ -24,6 +24,7 @@ from t2i_experts.conditioning.clip import CLIPImageEncoder, CLIPTextEncoder, CLI
 from t2i_experts.conditioning.conditioner import TextConditioner
 from t2i_experts.conditioning.t5 import T5Encoder, T5Tokenizer
 from t2i_experts.config import StageConfig, load_config
+from t2i_experts.diffusion.compiling import compile_denoiser
 from t2i_experts.shards.reader import Sample
 from t2i_experts.training.ema import EMA
 from t2i_experts.training.optim import build_optimizer
@@ -88,7 +89,7 @@ def main() -> None:
 
     first_loss = train_step()
     results = {"training, eager": _timed(train_step, arguments.repeats)}
-    network.compile()
+    compile_denoiser(network, training=True, dynamic=None)
     results["training, compiled"] = _timed(train_step, arguments.repeats)
     for result in results.values():
         result["images_per_second"] = arguments.batch_size / result["seconds"]

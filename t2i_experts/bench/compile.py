@@ -20,6 +20,7 @@ from t2i_experts.bench.network import Size, captions, noise_images, own_network,
 from t2i_experts.bench.result import Result, Row
 from t2i_experts.bench.timing import Timing
 from t2i_experts.cascade.device import synchronize
+from t2i_experts.diffusion.compiling import compile_denoiser
 
 NETWORKS = 3
 """As many as a level of the tree of experts that eDiff-I samples from."""
@@ -93,7 +94,7 @@ def _evaluation(size: Size, batch: int, device: torch.device, backend: str) -> C
     x, sigma, text = noise_images(size, batch, device, 0), torch.ones(batch, device=device), captions(batch, device)
     with torch.no_grad():
         prepared = network.prepare(text)
-    network.compile(backend=backend)
+    compile_denoiser(network, training=False, backend=backend)
 
     def call() -> object:
         with torch.no_grad():

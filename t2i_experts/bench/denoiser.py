@@ -24,6 +24,7 @@ from t2i_experts.bench.result import Result, Row
 from t2i_experts.bench.timing import interleave
 from t2i_experts.cascade.device import default_dtype
 from t2i_experts.cascade.graphs import GraphedDenoiser
+from t2i_experts.diffusion.compiling import compile_denoiser
 from t2i_experts.training.allocations import held_by
 
 SIGMA = 80.0
@@ -54,7 +55,7 @@ def own_evaluation(size: Size, batch: int, device: torch.device, dtype: torch.dt
         prepared = network.prepare(text)
         count = flops(lambda: network(x, sigma, prepared))
         if compiled:
-            network.compile(dynamic=False)
+            compile_denoiser(network, training=False)
         model: Any = GraphedDenoiser(network) if compiled else network
 
         def call() -> Tensor:

@@ -29,6 +29,7 @@ from t2i_experts.cascade.graphs import GraphedDenoiser
 from t2i_experts.cascade.picture import save_png
 from t2i_experts.cascade.stage import build_network
 from t2i_experts.charts import Chart, Marks, Series, draw_chart
+from t2i_experts.diffusion.compiling import compile_denoiser
 from t2i_experts.training.measure import most_allocated
 from t2i_experts.types import Conditioning
 
@@ -142,7 +143,7 @@ def _evaluation(work: Work, device: torch.device, compiled: bool) -> Callable[[]
     with torch.no_grad():
         prepared = network.prepare(work.text(device))
     if compiled:
-        network.compile(dynamic=False)
+        compile_denoiser(network, training=False)
     model: Any = GraphedDenoiser(network) if compiled else network
 
     def call() -> Tensor:

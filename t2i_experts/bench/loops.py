@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from t2i_experts.bench.baseline import LAYOUTS, diffusers_context, diffusers_ema, diffusers_library, diffusers_network
 from t2i_experts.bench.network import Size, captions, noise_images, own_network
 from t2i_experts.config import EMAConfig, OptimizerConfig
+from t2i_experts.diffusion.compiling import compile_denoiser
 from t2i_experts.diffusion.loss import EDMLoss
 from t2i_experts.training.ema import build_ema
 from t2i_experts.training.optim import build_optimizer
@@ -45,7 +46,7 @@ class OwnLoop:
         self.network: nn.Module = own_network(size, device)
         self.model: Any = self.network
         if backend:
-            self.network.compile(backend=backend)
+            compile_denoiser(self.network, training=True, dynamic=None, backend=backend)
         self._config = OptimizerConfig()
         self._optimizer, self._ema = build_optimizer(self.network, self._config), build_ema(self.network, EMAConfig())
         self._loss, self._conditioning = EDMLoss(), text or captions(batch, device)

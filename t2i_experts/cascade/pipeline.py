@@ -18,6 +18,7 @@ from t2i_experts.cascade.model_folder import LoadedModel, load_model
 from t2i_experts.cascade.picture import to_uint8
 from t2i_experts.cascade.stage import Progress, Stage, check_shape
 from t2i_experts.config import SamplingConfig
+from t2i_experts.diffusion.compiling import compile_denoiser
 from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.shards.order import position_rng
 from t2i_experts.types import Conditioning
@@ -65,7 +66,7 @@ class CascadePipeline:
         loaded = load_model(model, device=device, dtype=dtype)
         if compile:
             for stage in loaded.stages.values():
-                cast(EDMPrecond, stage.denoiser).compile(dynamic=False)
+                compile_denoiser(cast(EDMPrecond, stage.denoiser), training=False)
         if device.type == "cuda":
             stages = {name: replace(stage, denoiser=GraphedDenoiser(stage.denoiser)) for name, stage in loaded.stages.items()}
             loaded = replace(loaded, stages=stages)

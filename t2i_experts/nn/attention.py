@@ -27,6 +27,21 @@ def fastest_kernels(device: torch.device) -> AbstractContextManager[None]:
     return kernels
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each (B, L, heads, d), k and v of another L; returns (B, L, heads * d)."""
+    h = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return h.transpose(1, 2).flatten(2)
+
+
+def _values(projected: Tensor) -> Tensor:
+    """Which parts of (B, L, parts, heads, d) are values, the last, and hence not normed: bool, to be broadcast.
+
+    Chosen by a mask and not by cutting the tensor up: so a norm, forward and backward, is one pass over all parts.
+    """
+    parts = projected.shape[2]
+    return torch.arange(parts, device=projected.device)[:, None, None] == parts - 1
+
+
 class SelfAttention(nn.Module):
     """Residual attention of every pixel to every pixel: (B, H, W, C) -> (B, H, W, C).
 
@@ -41,9 +56,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = rms_norm(x.flatten(1, 2))
-        q, k, v = self.qkv(h).unflatten(2, (3, -1, self.head_channels)).permute(2, 0, 3, 1, 4)  # each (B, heads, H*W, d)
-        h = F.scaled_dot_product_attention(rms_norm(q), rms_norm(k), v)
-        return x + self.out(h.transpose(1, 2).flatten(2)).view_as(x)
+        qkv = self.qkv(h).unflatten(2, (3, -1, self.head_channels))  # (B, H*W, 3, heads, d)
+        q, k, v = torch.where(_values(qkv), qkv, rms_norm(qkv)).unbind(2)
+        return x + self.out(_attend(q, k, v)).view_as(x)
 
 
 class CrossAttention(nn.Module):
@@ -64,17 +79,21 @@ class CrossAttention(nn.Module):
 
     def project(self, context: Tensor, context_mask: Tensor) -> Tensor:
         """context: (B, L, D); context_mask: (B, L) bool, True = real token, at least one in each row. Returns keys and values,
-        (B, 2, heads, L, d)."""
-        keys, values = self.key_value(context).unflatten(2, (2, -1, self.head_channels)).permute(2, 0, 3, 1, 4)
-        own = rms_norm(keys[..., :-1]) * self.key_gain.to(keys.dtype)
-        padding = torch.where(context_mask, 0.0, _FAR_BELOW).to(keys.dtype)[:, None, :, None].expand_as(keys[..., :1])
-        return torch.stack([torch.cat([own, padding], -1), values], dim=1)
+        (B, L, 2, heads, d)."""
+        projected = self.key_value(context).unflatten(2, (2, -1, self.head_channels))
+        padding = torch.where(context_mask, 0.0, _FAR_BELOW).to(projected.dtype)[:, :, None, None, None]
+        keys = self._own_channels(projected, padding, gain=F.pad(self.key_gain, (0, 1)).to(projected.dtype))
+        return torch.where(_values(projected), projected, keys)
 
     def forward(self, x: Tensor, key_value: Tensor) -> Tensor:
         """x: (B, H, W, C); key_value: from `project`."""
         h = rms_norm(x.flatten(1, 2))
-        q = self.query(h).unflatten(2, (-1, self.head_channels)).transpose(1, 2)  # (B, heads, H*W, d)
-        q = F.pad(rms_norm(q[..., :-1]), (0, 1), value=1.0)
-        keys, values = key_value.to(q.dtype).unbind(1)
-        h = F.scaled_dot_product_attention(q, keys, values)
-        return x + self.out(h.transpose(1, 2).flatten(2)).view_as(x)
+        q = self.query(h).unflatten(2, (-1, self.head_channels))  # (B, H*W, heads, d)
+        keys, values = key_value.to(q.dtype).unbind(2)
+        return x + self.out(_attend(self._own_channels(q, 1.0), keys, values)).view_as(x)
+
+    def _own_channels(self, x: Tensor, last: Tensor | float, gain: Tensor | float = 1.0) -> Tensor:
+        """x (..., d) with a head's own channels normed, times `gain`, and the last one, which is padding's, replaced."""
+        is_last = torch.arange(self.head_channels, device=x.device) == self.head_channels - 1
+        own = torch.where(is_last, 0.0, x)
+        return torch.where(is_last, last, rms_norm(own, channels=self.head_channels - 1) * gain)

@@ -19,10 +19,13 @@ Resample = Literal["keep", "down", "up"]
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
-def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x divided by its root mean square over the last dimension, which is taken in float32. A vector of zeros stays zero."""
+def rms_norm(x: Tensor, eps: float = 1e-6, *, channels: int | None = None) -> Tensor:
+    """x divided by its root mean square over the last dimension, which is taken in float32. A vector of zeros stays zero.
+
+    channels: over how many the mean is taken, all unless given; the others must be zero.
+    """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # reads x once, where squares would be written out
-    return x * torch.rsqrt(norm.square() / x.shape[-1] + eps).to(x.dtype)
+    return x * torch.rsqrt(norm.square() / (channels or x.shape[-1]) + eps).to(x.dtype)
 
 
 def zeroed(module: Layer) -> Layer:
@@ -87,4 +90,12 @@ class ResidualBlock(nn.Module):
         h = F.silu(torch.addcmul(shift, rms_norm(h), 1 + scale))
         if self.dropout:
             h = F.dropout(h, self.dropout, self.training)
-        return self.shortcut(resample(x, self.mode)) + self.conv_out(h)
+        return self._shortcut(x) + self.conv_out(h)
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        """The resampled input in the output's channels. A 1x1 convolution and a resampling may change places: the one on fewer pixels
+        goes first."""
+        if self.mode == "up":
+            return resample(self.shortcut(x), self.mode)
+        shortcut: Tensor = self.shortcut(resample(x, self.mode))
+        return shortcut

@@ -16,6 +16,7 @@ from t2i_experts.cascade.stage import IMAGE_CHANNELS, build_network
 from t2i_experts.conditioning.conditioner import Encoder, TextConditioner
 from t2i_experts.conditioning.stored import StoredTextEncoder, text_encoders
 from t2i_experts.config import EncoderConfig, RunConfig
+from t2i_experts.diffusion.compiling import compile_denoiser
 from t2i_experts.shards.reader import Sample
 from t2i_experts.training.allocations import occupied
 from t2i_experts.training.ema import build_ema
@@ -64,7 +65,7 @@ def measure_training(config: RunConfig, *, processes: int = 1) -> MeasuredStep:
     ema, optimizer = build_ema(network, training.ema), build_optimizer(network, training.optimizer)
     weighting = LearnedWeighting(training.optimizer, device) if training.uncertainty_weighting else None
     if training.compile:
-        network.compile(dynamic=False if config.stage.buckets else None)
+        compile_denoiser(network, training=True, dynamic=False if config.stage.buckets else None)
     width, height = largest_shape(config.stage)
     pictures = torch.randint(256, (batch_size, IMAGE_CHANNELS, height, width), dtype=torch.uint8)
     caption = "a picture of many things " * max(encoder.max_tokens for encoder in config.stage.encoders.values())

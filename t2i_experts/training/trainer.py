@@ -22,6 +22,7 @@ from t2i_experts.cascade.model_folder import save_model
 from t2i_experts.cascade.stage import Stage, build_network
 from t2i_experts.conditioning.frozen import fingerprint
 from t2i_experts.config import RunConfig, to_plain, to_yaml
+from t2i_experts.diffusion.compiling import compile_denoiser
 from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.shards.reader import ShardReader, Unreadable
 from t2i_experts.shards.stream import StreamReader, open_batches
@@ -108,7 +109,7 @@ class Trainer:
             if shapes:  # one compilation for each, since kernels for any shape are slower; beyond the limit it would stop compiling
                 dynamo = torch._dynamo.config
                 dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(shapes))
-            self.network.compile(dynamic=False if shapes else None)
+            compile_denoiser(self.network, training=True, dynamic=False if shapes else None)
         self.model: torch.nn.Module = self.accelerator.prepare_model(self.network)
         self.log = RunLog(
             self.root / "log.jsonl",
