@@ -36,5 +36,5 @@ seen=(--resolution 64 --features squeezenet --weights "$squeezenet" --metric cli
 t2i eval sweep --shards "$data/held-out" "${seen[@]}" --guidance 1,2,3,4,6,8,10 --out "$out/sweep"
 t2i eval coco --annotations "$flickr/captions.json" --images "$flickr/images" --num "$photos" "${seen[@]}" --out "$out/flickr8k"
 t2i eval nearest --prompts "$out/sweep/ids.csv" --num $((scenes / 5)) --train "$data/train" --held-out "$data/new" --batch-size "$batch" --out "$out/nearest"
-bash "$scripts/judge.sh" "$emoji"
+[ -d data/judge/model ] || bash "$scripts/judge.sh" "$emoji"
 t2i eval judge --judge data/judge/model --num 200 --batch-size "$batch" --out "$out/judge"

@@ -28,7 +28,9 @@ _SHOWN = 96  # pictures on the sheet
 @one_voice()
 def judge(
     model: Model = None,
-    judge: Annotated[str, typer.Option(help="A judge's folder, as scripts/train_judge.py writes it.")] = "embedded:judge",
+    judge: Annotated[
+        str, typer.Option(help="A judge's folder, as scripts/train_judge.py writes it; the default ships with this package.")
+    ] = "embedded:judge",
     num: Annotated[int, typer.Option(help="Prompts, with one picture each.")] = 200,
     seed: Annotated[int, typer.Option(help="Chooses the prompts and the noise.")] = 0,
     steps: Steps = None,

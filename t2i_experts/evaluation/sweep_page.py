@@ -228,7 +228,9 @@ def _is_best(point: Record, best: Record) -> bool:
 
 
 def _made(made: Record) -> str:
-    return ", ".join(f"{made[key]}" for key in ("features", "model", "weights", "protocol", "resize") if made.get(key))
+    """The network behind a number; of a file with weights its name alone, since the record has its place and its sha256."""
+    named = {**made, "weights": made["weights"] and Path(made["weights"]).name} if "weights" in made else made
+    return ", ".join(f"{named[key]}" for key in ("features", "model", "weights", "protocol", "resize") if named.get(key))
 
 
 def _bold(text: str, is_best: bool) -> str:
