@@ -100,3 +100,14 @@ def test_rows_and_expand_are_views_of_everything() -> None:
 def test_only_one_row_can_be_expanded() -> None:
     with pytest.raises(RuntimeError, match="expand"):
         conditioning(2).expand(4)
+
+
+def test_what_was_asked_for_before_is_the_same_object() -> None:
+    c = Conditioning(
+        conditioning(3).embeddings, {"1/context": torch.randn(3, 5), "1/x/y": torch.randn(3, 2), "11/context": torch.randn(3, 4)}
+    )
+    assert c.rows(0, 2) is c.rows(0, 2) is not c.rows(0, 3)
+    assert c.rows(0, 2).under("1") is c.rows(0, 2).under("1") is not c.under("1")
+    assert set(c.under("1").projected) == {"context", "x/y"} and set(c.under("11").projected) == {"context"} and not c.under("0").projected
+    assert c.under("1").projected["context"] is c.projected["1/context"] and c.under("1").embeddings is c.embeddings
+    assert c.rows(0, 2) is not Conditioning(c.embeddings, c.projected).rows(0, 2)
