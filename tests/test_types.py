@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -103,11 +105,10 @@ def test_only_one_row_can_be_expanded() -> None:
 
 
 def test_what_was_asked_for_before_is_the_same_object() -> None:
-    c = Conditioning(
-        conditioning(3).embeddings, {"1/context": torch.randn(3, 5), "1/x/y": torch.randn(3, 2), "11/context": torch.randn(3, 4)}
-    )
+    c = conditioning(3)
     assert c.rows(0, 2) is c.rows(0, 2) is not c.rows(0, 3)
-    assert c.rows(0, 2).under("1") is c.rows(0, 2).under("1") is not c.under("1")
-    assert set(c.under("1").projected) == {"context", "x/y"} and set(c.under("11").projected) == {"context"} and not c.under("0").projected
-    assert c.under("1").projected["context"] is c.projected["1/context"] and c.under("1").embeddings is c.embeddings
-    assert c.rows(0, 2) is not Conditioning(c.embeddings, c.projected).rows(0, 2)
+    made = [c.once("a", lambda: conditioning(1)) for _ in range(2)]
+    assert made[0] is made[1] is not c.once("b", lambda: conditioning(1))
+    assert c.rows(0, 2).once("a", lambda: conditioning(1)) is not made[0]
+    assert replace(c).rows(0, 2) is not c.rows(0, 2), "another conditioning, which knows nothing of it"
+    assert replace(c, each_for_itself=True).rows(0, 1).expand(2).each_for_itself and not c.rows(0, 1).each_for_itself
