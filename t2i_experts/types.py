@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -121,10 +121,15 @@ class Conditioning:
 
     `projected` holds what a network has computed from the embeddings alone (see `EDMPrecond.prepare`), so that it is computed
     once a prompt and not once a step. Every tensor has the batch as its first dimension.
+
+    each_for_itself: the networks of an ensemble have each its own projections, which are kept with this object (`once`) instead of in
+    `projected`. `rows` of the same range are the same object every time, so that whoever has taken it in once knows it again.
     """
 
     embeddings: Mapping[str, Embedding]
     projected: Mapping[str, Tensor] = field(default_factory=dict)
+    each_for_itself: bool = False
+    _made: dict[Hashable, Conditioning] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def batch(self) -> int:
@@ -141,15 +146,20 @@ class Conditioning:
         return Conditioning(
             {name: embedding(e) for name, e in self.embeddings.items()},
             {name: function(t) for name, t in self.projected.items()},
+            self.each_for_itself,
         )
 
     def rows(self, start: int, stop: int) -> Conditioning:
         """The rows [start, stop), as views."""
-        return self.map(lambda tensor: tensor[start:stop])
+        return self.once((start, stop), lambda: self.map(lambda tensor: tensor[start:stop]))
 
     def expand(self, batch: int) -> Conditioning:
         """A batch of one row repeated `batch` times, without copying."""
         return self.map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
+
+    def once(self, key: Hashable, make: Callable[[], Conditioning]) -> Conditioning:
+        """What `make` gives: made when it is first asked for under this key, and kept with this object, the same one every time."""
+        return self._made.get(key) or self._made.setdefault(key, make())
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:

@@ -49,7 +49,7 @@ DOORS = {
     "omegaconf": ("config.files",),
     "open_clip": ("conditioning.blank", "conditioning.clip", "conditioning.presence", "evaluation.features", "evaluation.clip_score"),
     "pyarrow": ("shards.parquet",),
-    "safetensors": ("conditioning", "cascade.model_folder", "evaluation.judge", "evaluation.weights", "training.state", "training.posthoc"),
+    "safetensors": ("conditioning", "cascade.weights", "evaluation.judge", "evaluation.weights", "training.state", "training.posthoc"),
     "sentencepiece": ("conditioning.t5",),
     "transformers": ("conditioning.blank", "conditioning.t5", "cascade.interop"),
     "typer": ("cli",),
