@@ -188,13 +188,11 @@ def load_model(model: str | Path | None, *, device: torch.device | str = "cpu", 
     path = folder / config.name / WEIGHTS
     weights = _read_weights(path)
     denoiser = _denoiser(config, weights, path, device, dtype)
-    fingerprint = _digest(weights)[:16]
+    fingerprint = weights_fingerprint(weights)
     del weights  # mapped into memory: nothing must read them once the file may have been written over
     stage = Stage(config, denoiser, sampling, load_codec(config, root=folder, device=device))
     conditioner = TextConditioner.from_config(config.encoders, root=folder, device=device)
-    provenance = _read_json(folder / INDEX).get("provenance") or {}
-    if not isinstance(provenance, dict):
-        raise ValueError(f"{folder / INDEX}: provenance={provenance!r} must be a JSON object")
+    provenance = read_provenance(folder)
     source = "embedded" if model is None else str(model)
     return LoadedModel({config.name: stage}, conditioner, fingerprint, source, provenance)
 
@@ -222,6 +220,31 @@ def read_configs(folder: Path) -> tuple[StageConfig, SamplingConfig]:
         check_sampling(sampling, prefix=f"sampling.{name}.")
         check_threshold(sampling.threshold, config.codec, prefix=f"sampling.{name}.")
     return config, sampling
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """The facts about its training that a model folder was saved with. Raises ValueError naming the file."""
+    provenance = _read_json(folder / INDEX).get("provenance") or {}
+    if not isinstance(provenance, dict):
+        raise ValueError(f"{folder / INDEX}: provenance={provenance!r} must be a JSON object")
+    return provenance
+
+
+def read_network(folder: Path) -> tuple[StageConfig, dict[str, Tensor], str]:
+    """A model folder's stage, its network's weights as they are in the file, mapped into memory, and their fingerprint.
+
+    Raises ValueError naming the file and the field for a folder that is not whole.
+    """
+    config, _ = read_configs(folder)
+    weights = _read_weights(folder / config.name / WEIGHTS)
+    return config, weights, weights_fingerprint(weights)
+
+
+def read_denoiser(folder: Path, device: torch.device | str) -> EDMPrecond:
+    """A model folder's network for sampling, in float32, without encoders and codec. Raises ValueError as `read_network`."""
+    config, _ = read_configs(folder)
+    path = folder / config.name / WEIGHTS
+    return _denoiser(config, _read_weights(path), path, device, torch.float32)
 
 
 @contextmanager
@@ -265,13 +288,13 @@ def refuse_misfit(network: torch.nn.Module, weights: Mapping[str, Tensor], whose
         raise ValueError(f"does not fit {whose}: {wrong[0]} is {in_file} in the file and {in_network} in the network{more}")
 
 
-def _digest(weights: Mapping[str, Tensor]) -> str:
-    """sha256 over names, types, shapes and bytes of tensors on the CPU."""
+def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """16 hex digits of the sha256 over names, types, shapes and values of tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _write_json(path: Path, tree: Mapping[str, Any]) -> None:

@@ -161,7 +161,7 @@ def _read(config: str) -> dict[str, Any]:
         stage, sampling = read_configs(folder)
         return {"stage": to_plain(stage), "sampling": to_plain(sampling)}
     if (folder / "state.json").is_file():
-        from t2i_experts.training.state import read_facts
+        from t2i_experts.training.checkpoints import read_facts
 
         tree: dict[str, Any] = to_plain(from_plain(RunConfig, read_facts(folder)["config"]))
         return tree

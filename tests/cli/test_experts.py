@@ -12,7 +12,7 @@ import pytest
 
 from t2i_experts.config import load_config
 from t2i_experts.experts.plan import TreePlan
-from t2i_experts.training.state import refuse_changed_config
+from t2i_experts.training.checkpoints import refuse_changed_config
 
 Experts = Callable[..., tuple[int, str, str]]
 
