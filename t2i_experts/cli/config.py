@@ -45,9 +45,9 @@ def check(config: Config, overrides: Overrides = None, as_json: Json = False) ->
     resolved = load_config(config, overrides or [])
     check_parts(resolved)
     if resolved.experts.leaves:
-        from t2i_experts.experts.plan import TreePlan
+        from t2i_experts.experts.runs import node_runs
 
-        TreePlan.from_config(resolved)
+        node_runs(resolved)
     typer.echo(json.dumps({"config": config, "ok": True}) if as_json else f"{config}: OK")
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from t2i_experts.cli.options import Config, Json, Overrides, group
+from t2i_experts.cli.experts_train import status, train
+from t2i_experts.cli.options import Config, Json, Overrides, group, tabulated
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -16,12 +17,7 @@ if TYPE_CHECKING:
 
     from t2i_experts.experts.plan import Node, TreePlan
 
-app = group("experts", "Experts for ranges of noise: show the tree that will be trained.")
-
-
-@app.callback()
-def _experts() -> None:
-    """A group, though it has but one command."""
+app = group("experts", "Experts for ranges of noise: show the tree, train it, see where it stands.")
 
 
 @app.command()
@@ -82,17 +78,15 @@ def _lines(tree: TreePlan, sigmas: Tensor) -> list[str]:
                 f"{node.images:,}",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = {0, 5}
-    table = [
-        "  ".join(cell.ljust(n) if i in left else cell.rjust(n) for i, (cell, n) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
     leaves, images = len(tree.leaves), sum(node.images for node in tree.nodes)
-    return [*table, "", f"* the ensemble: {leaves} of {len(tree.nodes)} nodes; {images:,} images in all"]
+    return [*tabulated(rows, left=(0, 5)), "", f"* the ensemble: {leaves} of {len(tree.nodes)} nodes; {images:,} images in all"]
 
 
 def _quantile(u: Fraction) -> str:
     """As a fraction, or rounded where that is long; the document has it exactly."""
     text = str(u)
     return text if len(text) <= len("1023/1024") else f"{float(u):.6g}"
+
+
+app.command()(train)
+app.command()(status)

@@ -96,6 +96,20 @@ def lock_run(root: Path) -> IO[str]:
     return lock
 
 
+def lock_owner(root: Path) -> str | None:
+    """The process that trains in the output folder of a run, in words; None if there is none."""
+    try:
+        lock = (root / ".lock").open("r+", encoding="utf-8")
+    except OSError:
+        return None
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+        except OSError:
+            return lock.read().strip() or "an unknown process"
+    return None
+
+
 MAY_CHANGE = (
     "output",
     "data",

@@ -201,7 +201,7 @@ def _commands(run: Run) -> Iterator[str]:
     else:
         yield "There is no checkpoint yet; in the folder where the run was started, this begins again:"
     yield f"```bash\n{train}\n```"
-    if (run.root / "model").is_dir():
+    if (run.root / "model").is_dir() and whole(run.config.stage.noise.quantiles):
         prompt = next(iter(run.config.training.preview.prompts), "a red apple")
         yield "Pictures from the averaged weights of the newest checkpoint:"
         yield f"```bash\nt2i-experts generate {shlex.quote(prompt)} --model {_quoted(run.root / 'model')}\n```"
