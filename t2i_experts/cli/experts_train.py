@@ -36,14 +36,18 @@ def train(
     """
     from t2i_experts.cli.config import check_parts
     from t2i_experts.config import load_config
-    from t2i_experts.experts.runs import node_runs
+    from t2i_experts.config.expert_rules import require_experts
 
     check_counts(gpus=gpus)
     if "LOCAL_RANK" in os.environ or "RANK" in os.environ:
         raise ValueError("experts train starts its processes itself: run it without accelerate launch or torchrun")
     resolved = load_config(config, overrides or [])
-    runs = node_runs(resolved)
+    require_experts(resolved)  # before what takes long to import
     check_parts(resolved)
+
+    from t2i_experts.experts.runs import node_runs
+
+    runs = node_runs(resolved)
     for name in only or []:
         if name not in runs:
             raise ValueError(f"--only {name}: the tree has no such node; allowed: {', '.join(runs)}")
@@ -72,10 +76,14 @@ def status(config: Config, overrides: Overrides = None, as_json: Json = False) -
     Losses are of the node's own range of noise: those of two nodes cannot be compared.
     """
     from t2i_experts.config import load_config
+    from t2i_experts.config.expert_rules import require_experts
+
+    resolved = load_config(config, overrides or [])
+    require_experts(resolved)
+
     from t2i_experts.experts.runs import node_runs
     from t2i_experts.training.nodes import tree_status
 
-    resolved = load_config(config, overrides or [])
     statuses = tree_status(node_runs(resolved))
     if as_json:
         typer.echo(json.dumps(_document(resolved, statuses), ensure_ascii=False))

@@ -44,6 +44,12 @@ def check_expert(config: RunConfig) -> None:
         )
 
 
+def require_experts(config: RunConfig) -> None:
+    """Raises ValueError for a config without a tree of experts."""
+    if not config.experts.leaves:
+        raise ValueError("experts.leaves=[] names no experts: nothing grows out of this config's network; `t2i-experts train` trains it")
+
+
 _NODE_NAME = re.compile(r"E\^[0-9]+_[0-9]+|[A-Za-z0-9_-]+")
 _OVERRIDABLE = ("training.", "data.", "stage.network.")
 _NOT_OVERRIDABLE = {

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from t2i_experts.config import ExpertsConfig, NodeConfig, RunConfig, build_config, to_plain, to_yaml
+from t2i_experts.config.expert_rules import require_experts
 from t2i_experts.experts.plan import Node, TreePlan
 
 
@@ -63,8 +64,7 @@ def node_runs(config: RunConfig) -> Mapping[str, NodeRun]:
 
     Raises ValueError for a config without experts, a tree that is wrong, and overrides that cannot be: all name the key.
     """
-    if not config.experts.leaves:
-        raise ValueError("experts.leaves=[] names no experts: nothing grows out of this config's network; `t2i-experts train` trains it")
+    require_experts(config)
     tree = TreePlan.from_config(config)
     folder = nodes_folder(config.output)
     runs = {tree.root.name: NodeRun(tree.root, config, folder)}

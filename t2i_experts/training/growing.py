@@ -197,10 +197,7 @@ class _Grower:
             return
         held = self.waiting.pop(name, None)
         if held is None:
-            if (owner := self._elsewhere(name)) is not None:
-                self._tell(name, f"left to {owner}, which is training it")
-                return
-            taken = take_claim(claim_file(status.run))
+            taken = status.claim or take_claim(claim_file(status.run))
             if not isinstance(taken, HeldClaim):
                 self._tell(name, f"left to {taken}, which is training it")
                 return
@@ -213,6 +210,7 @@ class _Grower:
                 self._tell(name, f"waiting for {owner}, which is still in {status.run.output}")
             else:
                 held.release()
+                self._tell(name, f"left to {owner}, which is training it")
             return
         if tree_status(self.runs)[name].state is State.TRAINED:  # between the look and the claim
             held.release()
