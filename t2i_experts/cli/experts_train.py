@@ -63,6 +63,8 @@ def train(
     finally:
         display.close()
     statuses = tree_status(runs)
+    for text in _outdated(statuses):
+        display.tell(text)
     display.tell(_summary(statuses))
     if as_json:
         facts = {"trained": growth.trained, "failed": growth.failed, "stopped_by": growth.stopped_by and growth.stopped_by.name}
@@ -122,6 +124,12 @@ def _summary(statuses: Mapping[str, NodeStatus]) -> str:
     return f"{len(statuses) - len(left)} of {len(statuses)} nodes are trained; not {words}"
 
 
+def _outdated(statuses: Mapping[str, NodeStatus]) -> list[str]:
+    from t2i_experts.training.growing import outdated_in_words
+
+    return [f"{status.name}: {outdated_in_words(status)}" for status in statuses.values() if status.outdated]
+
+
 def _document(config: RunConfig, statuses: Mapping[str, NodeStatus]) -> dict[str, Any]:
     nodes = [_plain(status) for status in statuses.values()]
     totals = {key: sum(node[key] for node in nodes) for key in ("images_seen", "images")}
@@ -151,8 +159,6 @@ def _plain(status: NodeStatus) -> dict[str, Any]:
 
 def _lines(statuses: Mapping[str, NodeStatus]) -> list[str]:
     """The table, with children indented below their parents, and below it what is wrong."""
-    from t2i_experts.training.growing import outdated_in_words
-
     rows = [["node", "state", "images", "of", "loss", "validation", "images/s", "claimed by"]]
     for status in statuses.values():
         plain = _plain(status)
@@ -167,7 +173,7 @@ def _lines(statuses: Mapping[str, NodeStatus]) -> list[str]:
             ]
         )
     notes = [f"{status.name}: failed: {status.failure.get('why')}; see {status.run.log}" for status in statuses.values() if status.failure]
-    notes += [f"{status.name}: {outdated_in_words(status)}" for status in statuses.values() if status.outdated]
+    notes += _outdated(statuses)
     return [*tabulated(rows, left=(0, 1, 7)), *([""] if notes else []), *notes]
 
 

@@ -1,27 +1,24 @@
 """Grows a tree of experts: trains what is pending, parents before their children, each node in a process of its own.
 
-Such a process is `python -m t2i_experts train OUTPUT/nodes/NAME.yaml` and nothing else, so that whatever kills it, or this one, costs no
-more than the steps since its last checkpoint. Several hosts may grow one tree at once; a claim on each node keeps them apart.
+Whatever kills such a process, or this one, costs no more than the steps since its last checkpoint. Several hosts may grow one tree at once;
+a claim on each node keeps them apart.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 from t2i_experts.experts.runs import NodeRun, write_configs
 from t2i_experts.training.checkpoints import lock_owner
 from t2i_experts.training.claims import HeldClaim, take_claim
+from t2i_experts.training.node_process import STOPPED, how_it_ended, start_process
 from t2i_experts.training.nodes import NodeStatus, State, claim_file, forget_failure, record_failure, tree_status
 
 Tell = Callable[[str], None]
@@ -30,9 +27,6 @@ Show = Callable[[Collection[NodeStatus]], None]
 _TURN_EVERY = 0.2
 _LOOK_EVERY = 1.0
 """Seconds between two turns, in which processes that have ended are noticed, and between two looks at a disk that may be far away."""
-
-_STOPPED = (0, -signal.SIGTERM)
-"""Exit codes of a process that was told to stop: it wrote a checkpoint, or it had not begun to train."""
 
 
 @dataclass
@@ -50,7 +44,6 @@ class _Child:
     run: NodeRun
     process: subprocess.Popen[bytes]
     claim: HeldClaim
-    log: IO[bytes]
     slot: Mapping[str, str]
 
 
@@ -106,11 +99,6 @@ def _refuse_orphans(statuses: Mapping[str, NodeStatus], only: Collection[str]) -
                 raise ValueError(
                     f"--only {name}: {child.name} begins with {status.name}, which is not trained ({status.in_words}); name it, too"
                 )
-
-
-def train_command(run: NodeRun) -> list[str]:
-    """The process that trains a node."""
-    return [sys.executable, "-m", "t2i_experts", "train", str(run.config_file), "--quiet"]
 
 
 class _Grower:
@@ -219,20 +207,8 @@ class _Grower:
 
     def _start(self, status: NodeStatus, claim: HeldClaim) -> None:
         run, slot = status.run, self.free.pop(0)
-        command = train_command(run)
-        log = run.log.open("ab")
-        log.write(f"== {datetime.now():%Y-%m-%d %H:%M:%S}, {claim.claim}: {' '.join(command[1:])}\n".encode())
-        log.flush()
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env={**os.environ, **slot},
-            start_new_session=True,  # Ctrl-C is for this process, which tells the others once
-            preexec_fn=_end_with_parent(os.getpid()),
-        )
-        self.children[run.name] = _Child(run, process, claim, log, slot)
+        process = start_process(run, slot, by=str(claim.claim))
+        self.children[run.name] = _Child(run, process, claim, slot)
         where = "".join(f", {key}={value}" for key, value in slot.items())
         begins = f"goes on at {status.images_seen:,} of" if status.images_seen else "begins,"
         self._tell(run.name, f"{begins} {run.node.images:,} images (process {process.pid}{where}; {run.log})")
@@ -246,11 +222,11 @@ class _Grower:
         if status.state is State.TRAINED and code == 0:
             self.growth.trained.append(run.name)
             self._tell(run.name, f"trained; model: {run.model}")
-        elif code in _STOPPED:
+        elif code in STOPPED:
             self.ended.add(run.name)
             self._tell(run.name, f"stopped at {status.images_seen:,} of {run.node.images:,} images; the same command goes on")
         else:
-            why = f"{_in_words(code)}{_last_error(run)}"
+            why = how_it_ended(run, code)
             record_failure(run, why)
             self.growth.failed[run.name] = why
             self._tell(run.name, f"failed ({why}); see {run.log}")
@@ -272,7 +248,6 @@ class _Grower:
             child.process.send_signal(signal.SIGTERM)
 
     def _forget(self, child: _Child) -> None:
-        child.log.close()
         del self.children[child.run.name]
         self.free.append(child.slot)
 
@@ -302,33 +277,3 @@ class _Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.again = self.again or (self.first is not None and number == signal.SIGINT)
         self.first = self.first or signal.Signals(number)
-
-
-def _end_with_parent(parent: int) -> Callable[[], None] | None:
-    """For a child before it becomes its program: it gets SIGTERM when this process ends, even by SIGKILL, and stops with a checkpoint.
-
-    Linux alone can do so. Elsewhere children go on, and a repeated command waits for them, as their runs' folders are locked.
-    """
-    if sys.platform != "linux":
-        return None
-    prctl, set_parent_death_signal = ctypes.CDLL(None).prctl, 1
-
-    def prepare() -> None:
-        prctl(set_parent_death_signal, signal.SIGTERM)
-        if os.getppid() != parent:  # it ended before
-            os._exit(1)
-
-    return prepare
-
-
-def _in_words(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    return "killed by " + (signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}")
-
-
-def _last_error(run: NodeRun) -> str:
-    """The last error of a node's newest process, as its log has it."""
-    said = run.log.read_text(encoding="utf-8", errors="replace").rpartition("\n== ")[2].splitlines()
-    errors = [line for line in said if line.startswith("error: ")]
-    return f": {errors[-1].removeprefix('error: ')}" if errors else ""

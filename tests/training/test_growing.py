@@ -22,7 +22,7 @@ import pytest
 
 from t2i_experts.config import load_config
 from t2i_experts.experts.runs import NodeRun, node_runs
-from t2i_experts.training import growing
+from t2i_experts.training import growing, node_process
 from t2i_experts.training.checkpoints import checkpoints
 from t2i_experts.training.claims import HeldClaim, living_claim, take_claim
 from t2i_experts.training.growing import Growth, grow
@@ -31,7 +31,7 @@ from t2i_experts.training.nodes import State, claim_file, tree_status
 Runs = Mapping[str, NodeRun]
 
 TRAINER = r"""
-import fcntl, json, os, pathlib, re, signal, sys, time
+import fcntl, json, os, pathlib, re, shutil, signal, sys, time
 
 told = []
 signal.signal(signal.SIGTERM, lambda *_: told.append(1))
@@ -45,10 +45,14 @@ def trace(event):
     with open(os.environ["TRACE"], "a") as file:
         file.write(json.dumps([event, name, os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES")]) + "\n")
 
-def write(path, facts):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name("partial").write_text(json.dumps(facts))
-    path.with_name("partial").rename(path)
+def write(folder, name, facts):
+    # a folder with one file, whole from the moment on when it is there
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    (temporary / name).write_text(json.dumps(facts))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 output.mkdir(parents=True, exist_ok=True)
 lock = (output / ".lock").open("a")
@@ -67,8 +71,8 @@ while state["images_seen"] < images and not told:
     time.sleep(float(os.environ.get("STEP", 0.01)))
     state["images_seen"] += 40
     state["model"] += f" {name}@{state['images_seen']}"
-    write(output / "checkpoints" / f"{state['images_seen']:012d}" / "state.json", state)
-write(output / "model" / "model_index.json", {"weights": state["model"], "provenance": {"images_seen": state["images_seen"]}})
+    write(output / "checkpoints" / f"{state['images_seen']:012d}", "state.json", state)
+write(output / "model", "model_index.json", {"weights": state["model"], "provenance": {"images_seen": state["images_seen"]}})
 trace("end")
 """
 
@@ -79,7 +83,9 @@ ORDER = ["root", "E^1_0", "E^2_0", "complement", "E^1_1", "E^2_3"]
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     (tmp_path / "trainer.py").write_text(TRAINER)
     monkeypatch.setenv("TRACE", str(tmp_path / "trace"))
-    monkeypatch.setattr(growing, "train_command", lambda run: [sys.executable, "-S", str(tmp_path / "trainer.py"), str(run.config_file)])
+    monkeypatch.setattr(
+        node_process, "train_command", lambda run: [sys.executable, "-S", str(tmp_path / "trainer.py"), str(run.config_file)]
+    )
     monkeypatch.setattr(growing, "_LOOK_EVERY", 0.05)
     monkeypatch.setattr(growing, "_TURN_EVERY", 0.01)
     return node_runs(load_config("tiny/experts", [f"output={tmp_path / 'tree'}"]))
@@ -199,11 +205,10 @@ def test_a_node_that_is_claimed_is_left_alone_and_what_descends_from_it_waited_f
     def tell(line: str) -> None:
         told.append(line)
         if line.startswith("E^2_3: trained"):  # nothing is left but to wait for E^1_0
-            time.sleep(0.2)
             assert "E^1_0" not in started()
             claim = taken["E^1_0"]
             assert isinstance(claim, HeldClaim)
-            claim.release()
+            threading.Timer(0.3, claim.release).start()
 
     growth = grow(runs, only=list(runs), slots=[{}], tell=tell, show=lambda nodes: None)
     assert growth.trained == ["E^1_1", "E^2_3", "E^1_0", "E^2_0"], "the complement, which nothing waits for, is left to who claims it"
@@ -264,9 +269,9 @@ GROWER = """
 import sys
 from t2i_experts.config import load_config
 from t2i_experts.experts.runs import node_runs
-from t2i_experts.training import growing
+from t2i_experts.training import growing, node_process
 
-growing.train_command = lambda run: [sys.executable, "-S", sys.argv[2], str(run.config_file)]
+node_process.train_command = lambda run: [sys.executable, "-S", sys.argv[2], str(run.config_file)]
 growing._LOOK_EVERY = growing._TURN_EVERY = 0.05
 runs = node_runs(load_config("tiny/experts", [f"output={sys.argv[1]}"]))
 growth = growing.grow(runs, only=list(runs), slots=[{}, {}], tell=print, show=lambda nodes: None)
