@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,14 @@ trace("end")
 ORDER = ["root", "E^1_0", "E^2_0", "complement", "E^1_1", "E^2_3"]
 
 
+@pytest.fixture(scope="module")
+def elsewhere() -> Runs:
+    """Made once, which takes longer than to train them."""
+    return node_runs(load_config("tiny/experts", ["output=ELSEWHERE"]))
+
+
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+def runs(elsewhere: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     (tmp_path / "trainer.py").write_text(TRAINER)
     monkeypatch.setenv("TRACE", str(tmp_path / "trace"))
     monkeypatch.setattr(
@@ -88,7 +95,16 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     )
     monkeypatch.setattr(growing, "_LOOK_EVERY", 0.05)
     monkeypatch.setattr(growing, "_TURN_EVERY", 0.01)
-    return node_runs(load_config("tiny/experts", [f"output={tmp_path / 'tree'}"]))
+
+    def here(path: str | Path | None) -> str:
+        return str(path).replace("ELSEWHERE", str(tmp_path / "tree"))
+
+    def moved(run: NodeRun) -> NodeRun:
+        initial = here(run.config.training.initial) if run.node.parent else None
+        training = replace(run.config.training, initial=initial)
+        return NodeRun(run.node, replace(run.config, output=here(run.output), training=training), Path(here(run.folder)))
+
+    return {name: moved(run) for name, run in elsewhere.items()}
 
 
 def grown(runs: Runs, *, only: Sequence[str] = (), slots: Sequence[Mapping[str, str]] = ({},)) -> tuple[Growth, list[str]]:
