@@ -13,14 +13,15 @@ from typing import Any
 import torch
 
 from t2i_experts.cascade.codec import load_codec
-from t2i_experts.cascade.expert_folders import ExpertState, Leaf, digest_of_experts, refuse_stranger, trained_on
-from t2i_experts.cascade.files import naming, read_json
-from t2i_experts.cascade.model_folder import INDEX, read_configs, save_ensemble
+from t2i_experts.cascade.expert_folders import ExpertState, Leaf, digest_of_experts, refuse_stranger
+from t2i_experts.cascade.files import naming
+from t2i_experts.cascade.model_folder import INDEX, read_configs, read_provenance, save_ensemble
 from t2i_experts.cascade.stage import build_network
 from t2i_experts.cascade.weights import WEIGHTS, read_weights, refuse_misfit
 from t2i_experts.conditioning.conditioner import TextConditioner
 from t2i_experts.config import RunConfig, StageConfig
 from t2i_experts.experts.cover import Covered, cover
+from t2i_experts.experts.interval import NoiseInterval
 from t2i_experts.experts.plan import Node, TreePlan
 
 NODES = "nodes"
@@ -116,8 +117,7 @@ def _find(plan: TreePlan, output: Path, early: bool) -> tuple[dict[str, TrainedN
         if not (folder / INDEX).is_file():
             missing[node.name] = f"no model in {folder}"
             continue
-        provenance = read_json(folder / INDEX).get("provenance")
-        one = TrainedNode(node, folder, read_configs(folder)[0], provenance if isinstance(provenance, dict) else {})
+        one = TrainedNode(node, folder, read_configs(folder)[0], read_provenance(folder))
         if one.images_seen < node.images and not early:
             missing[node.name] = f"{folder} has seen {one.images_seen:,} of {node.images:,} images; --early takes it as it is"
             continue
@@ -127,7 +127,7 @@ def _find(plan: TreePlan, output: Path, early: bool) -> tuple[dict[str, TrainedN
 
 def _refuse_strange(expert: TrainedNode, root: TrainedNode) -> None:
     """Raises ValueError unless an expert was trained on the plan's noise, with the root's encoders and codec, as the same stage."""
-    if (interval := trained_on(expert.stage.noise)) != expert.node.interval:
+    if (interval := NoiseInterval.from_config(expert.stage.noise)) != expert.node.interval:
         raise ValueError(f"{expert.folder} was trained on {interval}, but the plan has {expert.node.interval} for {expert.node.name}")
     for kind in ("encoders", "codec"):
         own, roots = (_fingerprints(one.provenance.get(kind)) for one in (expert, root))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from torch import Tensor
 from t2i_experts.cascade.files import naming, read_json, write_json
 from t2i_experts.cascade.weights import WEIGHTS, digest, load_network, read_about, read_weights, write_weights
 from t2i_experts.config import EncoderConfig, NoiseConfig, StageConfig, check_node_name, check_stage, differences, from_plain, to_plain
-from t2i_experts.diffusion.noise import LogNormalSigma
 from t2i_experts.experts.ensemble import ExpertEnsemble
 from t2i_experts.experts.interval import NoiseInterval
 from t2i_experts.types import Denoiser
@@ -49,12 +47,6 @@ class ExpertState:
     weights: Mapping[str, Tensor]
 
 
-def trained_on(noise: NoiseConfig) -> NoiseInterval:
-    """The part of p(sigma) that a network of this config is trained on."""
-    u_lo, u_hi = map(Fraction, noise.quantiles or ("0", "1"))
-    return NoiseInterval(u_lo, u_hi, LogNormalSigma(noise.mean, noise.std))
-
-
 def stage_tree(stage: StageConfig, leaves: Sequence[Leaf] = ()) -> dict[str, Any]:
     """What config.json says of a stage, or of one expert's network."""
     backbone = stage.network.backbone
@@ -79,7 +71,7 @@ def save_experts(
         config = _beside(stage, expert.config)
         own = folder / EXPERTS / name
         own.mkdir(parents=True)
-        about = {"node": name, "quantiles": " to ".join(_quantiles(trained_on(config.noise)))}
+        about = {"node": name, "quantiles": " to ".join(_quantiles(NoiseInterval.from_config(config.noise)))}
         write_weights(own / WEIGHTS, expert.weights, dtype=dtype, about=about)
         write_json(own / CONFIG, stage_tree(config))
 
@@ -113,7 +105,7 @@ def load_experts(
         config = _read_config(path, stage, name)
         networks[name], digests[name] = load_network(config, path.with_name(WEIGHTS), device, dtype)
         with naming(path.with_name(WEIGHTS)):
-            _refuse_mistaken(read_about(path.with_name(WEIGHTS)), name, trained_on(config.noise))
+            _refuse_mistaken(read_about(path.with_name(WEIGHTS)), name, NoiseInterval.from_config(config.noise))
     return _ensemble(leaves, networks), _digest(leaves, digests)
 
 
@@ -164,7 +156,7 @@ def _leaf(entry: Any, where: str, noise: NoiseConfig) -> Leaf:
     for key in ("leaf", "expert"):
         check_node_name(str(entry[key]), f"{where}.{key}")
     try:
-        interval = trained_on(replace(noise, quantiles=list(map(str, entry["quantiles"]))))
+        interval = NoiseInterval.from_config(replace(noise, quantiles=list(map(str, entry["quantiles"]))))
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{where}.quantiles={entry['quantiles']!r} must be two fractions with 0 <= u_lo < u_hi <= 1: {error}") from error
     return Leaf(str(entry["leaf"]), interval, str(entry["expert"]))

@@ -34,7 +34,7 @@ from t2i_experts.cascade.expert_folders import (
 from t2i_experts.cascade.files import naming, read_json, write_json
 from t2i_experts.cascade.new_folder import new_folder
 from t2i_experts.cascade.stage import Stage
-from t2i_experts.cascade.weights import WEIGHTS, load_network, stored_bytes, write_weights
+from t2i_experts.cascade.weights import WEIGHTS, digest, load_network, read_weights, stored_bytes, write_weights
 from t2i_experts.conditioning.conditioner import TextConditioner
 from t2i_experts.conditioning.frozen import copy_file
 from t2i_experts.config import (
@@ -212,17 +212,11 @@ def load_model(
     if networks_on is not None:
         files = {own / EXPERTS / leaf.expert / WEIGHTS for leaf in leaves} or {own / WEIGHTS}
         device = networks_on(conditioner, sum(stored_bytes(path, dtype) for path in files))
-    denoiser: Denoiser
-    if leaves:
-        denoiser, digest = load_experts(own, config, leaves, device, dtype)
-    else:
-        denoiser, digest = load_network(config, own / WEIGHTS, device, dtype)
+    denoiser, found = _load_denoiser(own, config, leaves, device, dtype)
     stage = Stage(config, denoiser, sampling, codec, {leaf.name: leaf.interval for leaf in leaves})
-    provenance = read_json(folder / INDEX).get("provenance") or {}
-    if not isinstance(provenance, dict):
-        raise ValueError(f"{folder / INDEX}: provenance={provenance!r} must be a JSON object")
+    provenance = read_provenance(folder)
     source = "embedded" if model is None else str(model)
-    return LoadedModel({config.name: stage}, conditioner, digest[:16], source, provenance)
+    return LoadedModel({config.name: stage}, conditioner, found[:16], source, provenance)
 
 
 def read_configs(folder: Path) -> tuple[StageConfig, SamplingConfig, tuple[Leaf, ...]]:
@@ -254,3 +248,36 @@ def read_configs(folder: Path) -> tuple[StageConfig, SamplingConfig, tuple[Leaf,
         check_threshold(sampling.threshold, config.codec, prefix=f"sampling.{name}.")
         check_leaves(sampling, {leaf.name: leaf.interval for leaf in leaves}, prefix=f"sampling.{name}.experts.")
     return config, sampling, leaves
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """The facts about its training that a model folder was saved with. Raises ValueError naming the file."""
+    provenance = read_json(folder / INDEX).get("provenance") or {}
+    if not isinstance(provenance, dict):
+        raise ValueError(f"{folder / INDEX}: provenance={provenance!r} must be a JSON object")
+    return provenance
+
+
+def read_network(folder: Path) -> tuple[StageConfig, dict[str, Tensor], str]:
+    """The stage of a model folder of one network, its weights as they are in the file, mapped into memory, and their fingerprint.
+
+    Raises ValueError naming the file and the field for a folder that is not whole, and for an ensemble.
+    """
+    config, _, leaves = read_configs(folder)
+    if leaves:
+        raise ValueError(f"{folder} is an ensemble of {', '.join(leaf.name for leaf in leaves)}; name a model of one network")
+    weights = read_weights(folder / config.name / WEIGHTS)
+    return config, weights, digest(weights)[:16]
+
+
+def read_denoiser(folder: Path, device: torch.device | str) -> Denoiser:
+    """A model folder's network or ensemble for sampling, in float32, without encoders and codec. Raises ValueError as `load_model`."""
+    config, _, leaves = read_configs(folder)
+    return _load_denoiser(folder / config.name, config, leaves, device, torch.float32)[0]
+
+
+def _load_denoiser(
+    own: Path, config: StageConfig, leaves: Sequence[Leaf], device: torch.device | str, dtype: torch.dtype
+) -> tuple[Denoiser, str]:
+    """What a stage's folder holds, with its digest."""
+    return load_experts(own, config, leaves, device, dtype) if leaves else load_network(config, own / WEIGHTS, device, dtype)

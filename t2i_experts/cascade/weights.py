@@ -96,9 +96,9 @@ def refuse_misfit(network: torch.nn.Module, weights: Mapping[str, Tensor], whose
 
 
 def digest(weights: Mapping[str, Tensor]) -> str:
-    """sha256 (hex) over names, types, shapes and bytes of tensors on the CPU."""
+    """sha256 (hex) over names, types, shapes and bytes of tensors; its first 16 digits are the fingerprint of one network."""
     found = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.flatten().view(torch.uint8).numpy().data)
+        found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -45,9 +45,9 @@ def check(config: Config, overrides: Overrides = None, as_json: Json = False) ->
     resolved = load_config(config, overrides or [])
     check_parts(resolved)
     if resolved.experts.leaves:
-        from t2i_experts.experts.plan import TreePlan
+        from t2i_experts.experts.runs import node_runs
 
-        TreePlan.from_config(resolved)
+        node_runs(resolved)
     typer.echo(json.dumps({"config": config, "ok": True}) if as_json else f"{config}: OK")
 
 
@@ -162,7 +162,7 @@ def _read(config: str) -> dict[str, Any]:
         experts = {leaf.name: {"noise": str(leaf.interval), "expert": leaf.expert} for leaf in leaves}
         return {"stage": to_plain(stage), "sampling": to_plain(sampling), **({"ensemble": experts} if experts else {})}
     if (folder / "state.json").is_file():
-        from t2i_experts.training.state import read_facts
+        from t2i_experts.training.checkpoints import read_facts
 
         tree: dict[str, Any] = to_plain(from_plain(RunConfig, read_facts(folder)["config"]))
         return tree

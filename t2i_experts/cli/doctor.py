@@ -80,6 +80,8 @@ def _examine(
     codec = preflight.codec(config)
     if codec:
         sections["codec"] = codec
+    if begins_with := preflight.initial(config):
+        sections["weights"] = begins_with
     sections["shards"] = preflight.shards(config)
     if config.training.compile:
         print("tracing the network as the compiler would, for its memory: up to a minute", file=sys.stderr)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from t2i_experts.cli.experts_train import status, train
 from t2i_experts.cli.importing import without_collecting
-from t2i_experts.cli.options import Config, Json, Overrides, group
+from t2i_experts.cli.options import Config, Json, Overrides, group, tabulated
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from t2i_experts.cascade.assembly import Assembly
     from t2i_experts.experts.plan import Node, TreePlan
 
-app = group("experts", "Experts for ranges of noise: show the tree that will be trained, and make one model of its networks.")
+app = group("experts", "Experts for ranges of noise: show the tree, train it, see where it stands, make one model of it.")
 
 
 @app.command()
@@ -102,7 +102,7 @@ def _answer_lines(document: dict[str, Any]) -> list[str]:
         lo, hi = map(float, one["sigma"])
         rows.append([one["leaf"], f"{lo:.4g} .. {hi:.4g}", one["expert"], f"{one['images_seen']:,}"])
     stand_ins = [f"{one['expert']} stands in for {one['leaf']}: {one['why']}" for one in document["leaves"] if one["why"]]
-    return [*_columns(rows, left={0, 2}), "", *stand_ins, f"{document['folder']}, fingerprint {document['fingerprint']}"]
+    return [*tabulated(rows, left=(0, 2)), "", *stand_ins, f"{document['folder']}, fingerprint {document['fingerprint']}"]
 
 
 def _document(tree: TreePlan, sigmas: Tensor) -> dict[str, Any]:
@@ -145,19 +145,14 @@ def _lines(tree: TreePlan, sigmas: Tensor) -> list[str]:
             ]
         )
     leaves, images = len(tree.leaves), sum(node.images for node in tree.nodes)
-    return [*_columns(rows, left={0, 5}), "", f"* the ensemble: {leaves} of {len(tree.nodes)} nodes; {images:,} images in all"]
-
-
-def _columns(rows: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
-    """Rows of a table; left: the columns that are not flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(n) if i in left else cell.rjust(n) for i, (cell, n) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in rows
-    ]
+    return [*tabulated(rows, left=(0, 5)), "", f"* the ensemble: {leaves} of {len(tree.nodes)} nodes; {images:,} images in all"]
 
 
 def _quantile(u: Fraction) -> str:
     """As a fraction, or rounded where that is long; the document has it exactly."""
     text = str(u)
     return text if len(text) <= len("1023/1024") else f"{float(u):.6g}"
+
+
+app.command()(train)
+app.command()(status)

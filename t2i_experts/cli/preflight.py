@@ -54,6 +54,24 @@ def codec(config: RunConfig) -> list[Finding]:
     return [_where("codec", chosen.kind, chosen.model, found, f"codec: {found.remedy}" if found.remedy else "")]
 
 
+def initial(config: RunConfig) -> list[Finding]:
+    """The weights that the run will begin with, and whether they fit; nothing for fresh ones, and for a run that has begun already."""
+    from t2i_experts.training.checkpoints import checkpoints
+    from t2i_experts.training.initial import read_initial
+
+    name = config.training.initial
+    if name is None or checkpoints(Path(config.output)):
+        return []
+    try:
+        found = read_initial(config)
+    except ValueError as error:
+        return [Finding("initial", f"{name}: no weights to begin with", {"model": name, "fingerprint": None}, str(error))]
+    assert found is not None
+    seen = found.facts["images_seen"]
+    after = f", after {seen:,} images" if seen is not None else ""
+    return [Finding("initial", f"the weights {found.fingerprint} of {name}{after}", found.facts)]
+
+
 def _where(name: str, kind: str, model: str | None, found: Presence, problem: str) -> Finding:
     what = f"{kind} {model}" if model else kind
     if not found.known:

@@ -24,6 +24,7 @@ def train(
     """
     from t2i_experts.cli.config import check_parts
     from t2i_experts.config import load_config
+    from t2i_experts.config.expert_rules import whole
 
     resolved = load_config(config, overrides or [])
     check_parts(resolved)  # an unknown sampler would be noticed only when the trained model is used
@@ -51,7 +52,9 @@ def train(
         why = f" by {stopped.name}" if stopped else ""
         state = "finished" if seen >= total else f"stopped{why} at {seen} of {total} images; the same command goes on"
         print(f"{state}; model: {model}", file=sys.stderr)
-        print(f't2i-experts generate "..." --model {model}', file=sys.stderr)
+        expert = not whole(resolved.stage.noise.quantiles)
+        alone = "an expert for a part of the noise, which draws no picture alone"
+        print(alone if expert else f't2i-experts generate "..." --model {model}', file=sys.stderr)
         if as_json:
             facts = {"output": str(trainer.root), "model": str(model), "images_seen": seen, "images": total, "finished": seen >= total}
             print(json.dumps({**facts, "stopped_by": stopped.name if stopped else None, "parameters": trainer.sizes()["parameters"]}))

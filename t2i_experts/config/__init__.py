@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from t2i_experts.config.expert_rules import check_node_name
 from t2i_experts.config.origins import Setting
-from t2i_experts.config.rules import check_node_name, check_sampling, check_stage, check_stage_name, check_threshold, is_url
+from t2i_experts.config.rules import check_sampling, check_stage, check_stage_name, check_threshold, is_url
 from t2i_experts.config.schema import (
     CodecConfig,
     DataConfig,
@@ -29,17 +30,17 @@ from t2i_experts.config.schema import (
 from t2i_experts.config.shipped import shipped_configs, shipped_folder
 
 if TYPE_CHECKING:
-    from t2i_experts.config.files import (
-        build_config,
-        changes,
-        differences,
-        from_plain,
-        load_config,
-        read_files,
-        to_plain,
-        to_yaml,
-        trace_config,
-    )
+from t2i_experts.config.files import (
+    build_config,
+    changes,
+    differences,
+    from_plain,
+    load_config,
+    read_files,
+    to_plain,
+    to_yaml,
+    trace_config,
+)
 
 __all__ = [
     "CodecConfig",

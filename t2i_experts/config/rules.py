@@ -7,12 +7,11 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from fractions import Fraction
 
+from t2i_experts.config.expert_rules import check_expert, check_experts, read_quantiles
 from t2i_experts.config.schema import (
     CodecConfig,
     EMAConfig,
-    ExpertsConfig,
     NetworkConfig,
     RunConfig,
     SamplingConfig,
@@ -121,7 +120,7 @@ def check_stage(stage: StageConfig, prefix: str = "stage.") -> None:
     """Raises ValueError for a stage that cannot be built or saved, naming the field after `prefix`."""
     check_stage_name(stage.name, f"{prefix}name")
     _check_numbers(stage, prefix, _STAGE)
-    _check_quantiles(stage, prefix)
+    read_quantiles(stage.noise.quantiles, f"{prefix}noise.quantiles")
     _check_buckets(stage, prefix)
     _check_codec(stage, prefix)
     if stage.network.backbone == "unet":
@@ -137,21 +136,6 @@ def check_stage(stage: StageConfig, prefix: str = "stage.") -> None:
         _check_numbers(encoder, f"{where}.", _ENCODER)
         if encoder.kind == "clip_image" and encoder.max_tokens != 1:
             raise ValueError(f"{where}.max_tokens={encoder.max_tokens} must be 1 for kind clip_image: a picture is one token")
-
-
-def _check_quantiles(stage: StageConfig, prefix: str) -> None:
-    quantiles = stage.noise.quantiles
-    if not quantiles:
-        return
-    try:
-        u_lo, u_hi = map(Fraction, quantiles)
-        ordered = 0 <= u_lo < u_hi <= 1
-    except (ValueError, ZeroDivisionError):
-        ordered = False
-    if not ordered:
-        raise ValueError(
-            f"{prefix}noise.quantiles={quantiles} must be two numbers or fractions with 0 <= u_lo < u_hi <= 1; [] means all noise"
-        )
 
 
 def _check_buckets(stage: StageConfig, prefix: str) -> None:
@@ -317,33 +301,6 @@ def _check_urls(config: RunConfig) -> None:
         raise ValueError(f"data.validation={data.validation!r} must be a shard folder: only training reads streams; copy the shards")
 
 
-_NODE_NAME = re.compile(r"E\^[0-9]+_[0-9]+|[A-Za-z0-9_-]+")
-
-
-def check_node_name(name: str, where: str) -> None:
-    """Raises ValueError for a name that cannot be a node's, which is a folder's too."""
-    if not _NODE_NAME.fullmatch(name):
-        raise ValueError(f"{where}: a node's name must be E^level_index, or letters, digits, '_' and '-'; received {name!r}")
-
-
-def _check_experts(experts: ExpertsConfig) -> None:
-    """What can be said of a tree without its quantiles; `TreePlan` holds the rest."""
-    if not experts.leaves:
-        for key in ("images", "nodes"):
-            if value := getattr(experts, key):
-                raise ValueError(f"experts.{key}={value} would be ignored: experts.leaves is empty, so there are no experts")
-        return
-    if experts.images < 1:
-        raise ValueError(f"experts.images={experts.images} must be positive: missing mandatory value where experts.leaves names experts")
-    for key, name in [*(("leaves", leaf) for leaf in experts.leaves), *(("nodes", node) for node in experts.nodes)]:
-        check_node_name(name, f"experts.{key}")
-    for name, node in experts.nodes.items():
-        if node.images is not None and node.images < 1:
-            raise ValueError(f"experts.nodes.{name}.images={node.images} must be positive; null means experts.images")
-        if node.quantiles and len(node.quantiles) != 2:
-            raise ValueError(f"experts.nodes.{name}.quantiles={node.quantiles} must be [u_lo, u_hi]; [] means those of its name")
-
-
 def check(config: RunConfig) -> None:
     """All rules that OmegaConf's types do not hold. Each error names the key, what it received and what is allowed."""
     check_stage(config.stage)
@@ -366,7 +323,8 @@ def check(config: RunConfig) -> None:
     every = config.training.validation.every_images
     if every and config.data.validation is None:
         raise ValueError(f"training.validation.every_images={every} needs data.validation; set it to 0, or name a shard folder there")
-    _check_experts(config.experts)
+    check_experts(config.experts)
+    check_expert(config)
     for name in config.sampling.experts:
         if name not in config.experts.leaves:
             raise ValueError(f"sampling.experts.{name}: no such expert; experts.leaves={config.experts.leaves} names those that there are")

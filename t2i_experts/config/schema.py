@@ -49,8 +49,8 @@ class NoiseConfig:
     """ln sigma ~ N(mean, std^2) in training (EDM's P_mean, P_std); sigma_data is the standard deviation of the images in [-1, 1],
     and the one that a codec gives its latents.
 
-    quantiles: [u_lo, u_hi], numbers or fractions such as 511/512: the part of p(sigma) that this network is trained on and answers for;
-    empty: all of it.
+    quantiles: [u_lo, u_hi], numbers or fractions such as 511/512: the part of that distribution which the network is trained on and answers
+    for; empty: all of it. One trained on a part is an expert, which draws no picture alone.
     """
 
     mean: float = -1.2
@@ -172,12 +172,17 @@ class EMAConfig:
 
 @dataclass(frozen=True)
 class PreviewConfig:
-    """Pictures of fixed prompts at fixed seeds (i for the i-th prompt), drawn with the EMA weights; every_images 0: never."""
+    """Pictures of fixed prompts at fixed seeds (i for the i-th prompt), drawn with the EMA weights; every_images 0: never.
+
+    around: for a run with `stage.noise.quantiles`, the model folder that answers for all other noise, of one network that was trained on
+    all of it; None: `training.initial`.
+    """
 
     prompts: list[str] = field(default_factory=list)
     every_images: int = 0
     steps: int = 25
     guidance: float = 4.0
+    around: str | None = None
 
 
 @dataclass(frozen=True)
@@ -193,6 +198,8 @@ class ValidationConfig:
 class TrainingConfig:
     """A training run. Everything that counts, counts images seen; batch_size is over all processes and accumulation steps.
 
+    initial: a model folder or hub id, of the same stage, with whose (averaged) weights the run begins; the optimiser, its warm-up and the
+    average begin anew. None: fresh weights. A run that has a checkpoint needs it no more.
     device: `cpu`, or None for the accelerator that the process is given. Seconds of wall time are bounded by `max_minutes` (0: not at
     all): the run then checkpoints and stops, and the same command goes on.
     keep_checkpoints: the newest ones, beside the best in validation. divergence_factor: two reports in a row whose loss is so many times
@@ -207,6 +214,7 @@ class TrainingConfig:
 
     images: int = MISSING
     batch_size: int = MISSING
+    initial: str | None = None
     accumulation: int = 1
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -276,12 +284,13 @@ class NodeConfig:
 
     parent: the node from whose weights it starts; of E^level_index, unless said, the one of the level above, else the root.
     quantiles: [u_lo, u_hi] of p(sigma), numbers or fractions such as 1/8, for a node whose name does not say them.
-    images: that it is trained on; None: experts.images.
+    images: that it is trained on; None: experts.images. overrides: as `experts.overrides`, after these, of this node alone.
     """
 
     parent: str | None = None
     quantiles: list[str] = field(default_factory=list)
     images: int | None = None
+    overrides: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -289,11 +298,13 @@ class ExpertsConfig:
     """The tree of experts that grows out of the network that `training` trains, its root (t2i_experts/experts/README.md).
 
     leaves: the nodes of the ensemble, E^level_index or `complement` (all that the others leave); their ancestors are trained as well.
-    Empty: no experts. images: that each node but the root is trained on. nodes: what is particular about some, by name.
+    Empty: no experts. images: that each node but the root is trained on. overrides: `key=value` settings of the runs of all nodes but the
+    root, of `training`, `data` and `stage.network`. nodes: what is particular about some, by name.
     """
 
     leaves: list[str] = field(default_factory=list)
     images: int = 0
+    overrides: list[str] = field(default_factory=list)
     nodes: dict[str, NodeConfig] = field(default_factory=dict)
 
 

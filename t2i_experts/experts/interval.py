@@ -16,6 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from t2i_experts.config import NoiseConfig
+from t2i_experts.config.expert_rules import read_quantiles
 from t2i_experts.diffusion.noise import LogNormalSigma, NoiseDistribution, sigma_from_uniform
 
 MAX_LEVEL = 52
@@ -61,6 +63,12 @@ class NoiseInterval:
     u_hi: Fraction
     distribution: NoiseDistribution = EDM_NOISE
 
+    @classmethod
+    def from_config(cls, noise: NoiseConfig) -> NoiseInterval:
+        """What the network of a stage is trained on. Raises ValueError for an interval that is too narrow."""
+        u_lo, u_hi = read_quantiles(noise.quantiles, "stage.noise.quantiles")
+        return cls(u_lo, u_hi, LogNormalSigma(noise.mean, noise.std))
+
     def __post_init__(self) -> None:
         if not 0 <= self.u_lo < self.u_hi <= 1:
             raise ValueError(f"u_lo={self.u_lo}, u_hi={self.u_hi} must satisfy 0 <= u_lo < u_hi <= 1")
@@ -99,14 +107,28 @@ class NoiseInterval:
         """How many levels of a schedule, (n + 1,) with a final 0, lie inside: evaluations of a sampler that makes one a step."""
         return int(self.contains(sigmas).sum())
 
-    def from_uniform(self, v: Tensor) -> Tensor:
-        """The sigmas, float64 and strictly inside, finite at any level, that uniform numbers stand for.
+    def from_uniform(self, v: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The sigmas, strictly inside and finite at any level, that uniform numbers stand for.
 
-        v: float64 in [0, 1), multiples of 2^-53 as generators give them; see `sigma_from_uniform`. Rounded to float32, a sigma may come to
-        lie on an edge or, by half a unit in the last place, beyond it.
+        v: float64 in [0, 1), multiples of 2^-53 as generators give them; see `sigma_from_uniform`. dtype: of the result, float64 or
+        float32. The computation is in float64; one that rounding to float32 would take to an edge, or beyond it, becomes the outermost
+        float32 inside. Raises ValueError if there is none.
         """
-        sigma = sigma_from_uniform(self.distribution, v, u_lo=self.u_lo, u_hi=self.u_hi)
-        return sigma.clamp(math.nextafter(self.sigma_lo, math.inf), math.nextafter(self.sigma_hi, 0.0))
+        lowest, highest = self.ends(dtype)
+        return sigma_from_uniform(self.distribution, v, u_lo=self.u_lo, u_hi=self.u_hi).to(dtype).clamp(lowest, highest)
+
+    def ends(self, dtype: torch.dtype) -> tuple[float, float]:
+        """The lowest and the highest number of a type strictly inside. Raises ValueError if there is none."""
+        lo, hi = (torch.tensor(edge, dtype=dtype) for edge in (self.sigma_lo, self.sigma_hi))
+        lowest = lo if float(lo) > self.sigma_lo else torch.nextafter(lo, torch.full_like(lo, math.inf))
+        highest = hi if float(hi) < self.sigma_hi else torch.nextafter(hi, torch.zeros_like(hi))
+        if lowest > highest:
+            raise ValueError(f"u_lo={self.u_lo}, u_hi={self.u_hi} is too narrow: no {str(dtype).removeprefix('torch.')} sigma lies inside")
+        return float(lowest), float(highest)
+
+    def edges(self, parts: int) -> list[float]:
+        """The (parts + 1) sigmas that begin and end its equally probable parts, from `sigma_lo` to `sigma_hi`."""
+        return [_sigma_at(self.u_lo + self.share * Fraction(part, parts), self.distribution) for part in range(parts + 1)]
 
     def sample(self, shape: int | Sequence[int], *, generator: torch.Generator | None = None) -> Tensor:
         """Draws of sigma from p(sigma) inside the interval, float64 of `shape` on the generator's device, the CPU without one."""

@@ -14,6 +14,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from t2i_experts.config import ExpertsConfig, NodeConfig, RunConfig
+from t2i_experts.config.expert_rules import read_quantiles
 from t2i_experts.diffusion.noise import LogNormalSigma, NoiseDistribution
 from t2i_experts.experts.interval import NoiseInterval, complement, node_name, parse_node
 
@@ -150,11 +151,11 @@ def _interval(name: str, experts: ExpertsConfig, parents: dict[str, str | None],
         child = next((child for child, parent in parents.items() if parent == name), None)
         where = "experts.leaves" if child is None else f"experts.nodes.{child}.parent"
         raise ValueError(f"{where}: unknown node {name!r}; allowed: E^level_index, {ROOT}, {COMPLEMENT}, or any name that {key} explains")
+    u_lo, u_hi = read_quantiles(quantiles, key)
     try:
-        u_lo, u_hi = map(Fraction, quantiles)
         return NoiseInterval(u_lo, u_hi, noise)
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{key}={quantiles} must be two numbers or fractions with 0 <= u_lo < u_hi <= 1: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{key}={quantiles}: {error}") from error
 
 
 def _in_order(nodes: Sequence[Node], parent: str | None) -> Iterator[Node]:

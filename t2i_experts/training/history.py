@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from t2i_experts.config import RunConfig, load_config
-from t2i_experts.training.state import checkpoints
+from t2i_experts.training.checkpoints import checkpoints
 
 Curve = list[tuple[float, float]]
 

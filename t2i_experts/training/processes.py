@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, broadcast_object_list
 
 from t2i_experts.config import TrainingConfig
-from t2i_experts.training.state import checkpoints
+from t2i_experts.training.checkpoints import checkpoints
 
 PLAIN = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 SAVING_MAY_TAKE = timedelta(hours=2)

@@ -9,7 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from t2i_experts.config import CodecConfig
+from t2i_experts.config import CodecConfig, NoiseConfig
+from t2i_experts.config.expert_rules import whole
+from t2i_experts.experts.interval import NoiseInterval
 from t2i_experts.training.history import History, Run, comparable_validations, facts, range_of
 
 SHOWN_EVENTS = 20
@@ -121,6 +123,8 @@ def _in_words(event: Mapping[str, Any], *, first: bool) -> str:
             processes = event.get("processes", 1)
             where = event.get("device_name") or event.get("device", "an unknown device")
             return f"{'began' if first else 'resumed'} with {processes} process{'es' * (processes > 1)} on {where}"
+        case "initial":
+            return f"began with the weights of {_code(str(event.get('model')))} ({event.get('fingerprint')})"
         case "diverged":
             keys = event.get("keys") or []
             more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
@@ -153,7 +157,7 @@ def _trained(run: Run) -> Iterator[str]:
         ("validation shards", _code(config.data.validation) if config.data.validation else "none"),
         ("network", "; ".join(resolutions) or f"{stage.network.backbone}, {_code(str(stage.network.options))}"),
         *([("codec", _codec(stage.codec))] if stage.codec.latents else []),
-        ("noise", f"ln sigma of mean {stage.noise.mean:g} and deviation {stage.noise.std:g}, sigma_data {stage.noise.sigma_data:g}"),
+        ("noise", _noise(stage.noise)),
         ("batch", f"{batch}, {training.precision}{', compiled' if training.compile else ''}, seed {training.seed}"),
         (
             "learning rate",
@@ -168,6 +172,12 @@ def _trained(run: Run) -> Iterator[str]:
     ]
     yield _table(("encoder", "kind", "model", "tokens", "width", "dropped"), encoders)
     yield "All values: `config.yaml` beside `log.jsonl`."
+
+
+def _noise(noise: NoiseConfig) -> str:
+    """The distribution, and the part of it that an expert is trained on."""
+    text = f"ln sigma of mean {noise.mean:g} and deviation {noise.std:g}, sigma_data {noise.sigma_data:g}"
+    return text if whole(noise.quantiles) else f"{text}; an expert for {NoiseInterval.from_config(noise)}"
 
 
 def _codec(codec: CodecConfig) -> str:
@@ -191,7 +201,7 @@ def _commands(run: Run) -> Iterator[str]:
     else:
         yield "There is no checkpoint yet; in the folder where the run was started, this begins again:"
     yield f"```bash\n{train}\n```"
-    if (run.root / "model").is_dir():
+    if (run.root / "model").is_dir() and whole(run.config.stage.noise.quantiles):
         prompt = next(iter(run.config.training.preview.prompts), "a red apple")
         yield "Pictures from the averaged weights of the newest checkpoint:"
         yield f"```bash\nt2i-experts generate {shlex.quote(prompt)} --model {_quoted(run.root / 'model')}\n```"

@@ -11,15 +11,12 @@ killed the writer. What a run draws at random is a function of (seed, images see
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
-import os
 import shutil
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,19 +25,10 @@ from torch import Tensor, nn
 
 from t2i_experts import __version__
 from t2i_experts.cascade.new_folder import flush
-from t2i_experts.cascade.weights import refuse_misfit
-from t2i_experts.config import RunConfig, differences, from_plain, to_plain
-from t2i_experts.shards.format import write_atomically
+from t2i_experts.cascade.weights import digest, refuse_misfit
+from t2i_experts.training.checkpoints import Validation, best_checkpoint, checkpoints, read_facts, remove_checkpoint
 from t2i_experts.training.ema import WeightAverage
 from t2i_experts.training.uncertainty import LearnedWeighting
-
-
-@dataclass(frozen=True)
-class Validation:
-    """A validation loss. of: what it was measured on; losses of different ones cannot be compared."""
-
-    loss: float
-    of: str
 
 
 @dataclass
@@ -50,7 +38,7 @@ class TrainState:
     images_seen: of the global order, by all processes. dataset_hash: of the shards that the order runs over. encoders: fingerprints of the
     frozen encoders' weights, by name. config: resolved, as plain values. weighting: of the noise levels, if the run learns one.
     rollbacks: how often the run diverged and went back. watch: what `LossWatch` has seen, as plain values. codec: fingerprint of the
-    codec's `model`, None for one that has none.
+    codec's `model`, None for one that has none. initial: where the weights came from that the run began with (`InitialWeights.facts`).
     """
 
     network: nn.Module
@@ -64,6 +52,7 @@ class TrainState:
     rollbacks: int = 0
     watch: Mapping[str, Any] | None = None
     codec: str | None = None
+    initial: Mapping[str, Any] | None = None
 
     @property
     def rate_scale(self) -> float:
@@ -96,6 +85,8 @@ class TrainState:
             "dataset_hash": self.dataset_hash,
             "encoders": dict(self.encoders),
             "codec": self.codec,
+            "initial": self.initial,
+            "model": digest(self.ema.network.state_dict())[:16],
             "config": self.config,
             "versions": {"t2i_experts": __version__, "torch": torch.__version__},
         }
@@ -103,13 +94,13 @@ class TrainState:
         for path in (*temporary.iterdir(), temporary):
             flush(path)
         if folder.exists():
-            _remove(folder)
+            remove_checkpoint(folder)
         temporary.rename(folder)
         flush(folder.parent)
         best = best_checkpoint(root)
         for old in checkpoints(root)[:-keep]:
             if old != best:
-                _remove(old)
+                remove_checkpoint(old)
         return folder, folder == best
 
     def restore(self, folder: Path) -> None:
@@ -151,115 +142,7 @@ class TrainState:
         self.images_seen = facts["images_seen"]
         self.rollbacks = facts.get("rollbacks", 0)
         self.watch = facts.get("watch")
-
-
-def _remove(folder: Path) -> None:
-    """Takes a checkpoint away; if that is cut short, what is left no longer has a number for a name."""
-    doomed = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def checkpoints(root: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted(path for path in (root / "checkpoints").glob("[0-9]*") if path.is_dir())
-
-
-def best_checkpoint(root: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss, the older of two equal ones; None if no checkpoint was validated.
-
-    Of those that were measured on the same as the newest: other losses cannot be compared.
-    """
-    facts = [(read_facts(folder).get("validation"), folder) for folder in checkpoints(root)]
-    measured = [(Validation(**validation), folder) for validation, folder in facts if validation]
-    return min(((v.loss, folder) for v, folder in measured if v.of == measured[-1][0].of), default=(None, None))[1]
-
-
-def prepare_roll_back(root: Path) -> None:
-    """Removes the checkpoints that were saved, at a stop, when the loss had just risen too high."""
-    for folder in reversed(checkpoints(root)):
-        if not (read_facts(folder).get("watch") or {}).get("high"):
-            break
-        _remove(folder)
-
-
-def record_roll_back(folder: Path, rollbacks: int) -> None:
-    """Writes into the checkpoint that a run goes back to how often it has done so, which a later start must know."""
-    facts = {**read_facts(folder), "rollbacks": rollbacks}
-    write_atomically(folder / "state.json", [json.dumps(facts, indent=2).encode() + b"\n"])
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
-    """A checkpoint's state.json. Raises ValueError if it cannot be read, or is another one."""
-    try:
-        facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if not (isinstance(facts, dict) and {"images_seen", "config"} <= facts.keys()):
-            raise ValueError("state.json does not hold images_seen and config")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the checkpoint {folder}: {error}") from error
-    return facts
-
-
-def lock_run(root: Path) -> IO[str]:
-    """Makes the output folder of a run and takes it for this process, until the file that is returned is closed or the process ends.
-
-    Raises ValueError if it cannot be a folder, or if another process has it.
-    """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = (root / ".lock").open("a", encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"output={str(root)!r} cannot be used: {error}") from error
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, this lock is not inherited by loader workers
-    except OSError:
-        owner = (root / ".lock").read_text(encoding="utf-8").strip()
-        lock.close()
-        raise ValueError(f"output={str(root)!r}: another process is training there ({owner or 'unknown'})") from None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
-    return lock
-
-
-MAY_CHANGE = (
-    "output",
-    "data",
-    "sampling",
-    "experts",
-    "training.images",
-    "training.accumulation",
-    "training.compile",
-    "training.gradient_checkpointing",
-    "training.device",
-    "training.ema.snapshot_every_images",
-    "training.max_minutes",
-    "training.rollbacks",
-    "training.divergence_factor",
-    "training.checkpoint_every_images",
-    "training.keep_checkpoints",
-    "training.log_every_images",
-    "training.preview",
-    "training.trackers",
-    "training.validation",
-)
-"""Config values, or groups of them, that may differ when a run goes on. Hashes guard the content of the shards and encoders."""
-
-
-def refuse_changed_config(folder: Path, config: RunConfig) -> None:
-    """Raises ValueError with the differences if a checkpoint was made under another config; what it did not know counts as default."""
-    old = to_plain(from_plain(RunConfig, read_facts(folder)["config"]))
-    changes = []
-    for line in differences(old, to_plain(config)):
-        key = line.split(":")[0]
-        if not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE):
-            changes.append(line)
-    if changes:
-        raise ValueError(
-            f"{folder.parent.parent} holds a run with another config; go on with its own, or choose another output. Changed:\n  "
-            + "\n  ".join(changes)
-        )
+        self.initial = facts.get("initial")
 
 
 def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from t2i_experts.conditioning.conditioner import PromptTokenizer, TextConditione
 from t2i_experts.conditioning.frozen import to_device
 from t2i_experts.config import StageConfig
 from t2i_experts.diffusion.loss import EDMLoss
-from t2i_experts.diffusion.noise import LogNormalSigma, sigma_from_uniform
+from t2i_experts.experts.interval import NoiseInterval
 from t2i_experts.shards.order import PositionDraws, position_rng
 from t2i_experts.shards.reader import Sample, Unreadable
 from t2i_experts.types import Denoiser, FeatureBatch, TextFeatures
@@ -79,7 +79,7 @@ def text_inputs(
 
 
 class DiffusionTask:
-    """EDM's objective for a stage: noise drawn from p(sigma), all encoders dropped independently (eDiff-I section 4.2)."""
+    """EDM's objective for a stage: noise drawn from its part of p(sigma), all encoders dropped independently (eDiff-I section 4.2)."""
 
     def __init__(
         self,
@@ -91,7 +91,10 @@ class DiffusionTask:
         bf16: bool = False,
         codec: Codec = PIXEL,
     ) -> None:
-        """bf16: the denoiser (not encoders and codec, which have their own dtype) computes under bfloat16 autocast. codec: the stage's."""
+        """bf16: the denoiser (not encoders and codec, which have their own dtype) computes under bfloat16 autocast. codec: the stage's.
+
+        Raises ValueError for `stage.noise.quantiles` so close to each other that no float32 sigma lies between them.
+        """
         assert fits(codec, stage), "a task needs the codec of its stage: load_codec(stage)"
         self.stage = stage
         self.conditioner = conditioner
@@ -99,7 +102,8 @@ class DiffusionTask:
         self.seed = seed
         self.device = device
         self.bf16 = bf16
-        self.noise = LogNormalSigma(stage.noise.mean, stage.noise.std)
+        self.interval = NoiseInterval.from_config(stage.noise)
+        self.interval.ends(torch.float32)
         self.loss = EDMLoss(stage.noise.sigma_data)
 
     def collate(self) -> Collate:
@@ -126,7 +130,7 @@ class DiffusionTask:
         generator = torch.Generator(self.device).manual_seed(seed)
         images = self.images(batch.images)
         conditioning = self.conditioner.encode(batch.tokens, images, batch.drops)
-        sigma = to_device(sigma_from_uniform(self.noise, batch.uniform).float(), self.device)
+        sigma = to_device(self.interval.from_uniform(batch.uniform, torch.float32), self.device)
         latents = self.latents(images, generator)
         eps = torch.randn(latents.shape, generator=generator, device=self.device)
         with self.autocast():

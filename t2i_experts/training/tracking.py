@@ -3,6 +3,7 @@ these, the page of `report` and what `trackers` pass on.
 
     start       processes, device, device_name, versions, parameters, samples (or tars, of shards behind URLs), buckets (samples of each,
                 if there are any)
+    initial     model, fingerprint (of the weights that the run began with, if they were not fresh)
     train       loss, grad_norm, learning_rate, images_per_second, data_wait (share of the time of steps), peak_memory_gib,
                 unreadable_draws
     validation  loss, standard_error, images, bins (sigma_lo, sigma_hi, loss, standard_error)

@@ -26,17 +26,7 @@ from t2i_experts.diffusion.compiling import compile_denoiser
 from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.shards.reader import ShardReader, Unreadable
 from t2i_experts.shards.stream import StreamReader, open_batches
-from t2i_experts.training.data import loader_workers, open_training_shards
-from t2i_experts.training.divergence import LossWatch, TrainingDiverged
-from t2i_experts.training.ema import build_ema
-from t2i_experts.training.embeddings import open_conditioner, stored_embeddings
-from t2i_experts.training.optim import build_optimizer, learning_rate
-from t2i_experts.training.posthoc import drop_later_snapshots, write_snapshots
-from t2i_experts.training.power_ema import PowerFunctionEMA
-from t2i_experts.training.preview import draw_preview
-from t2i_experts.training.processes import agreed_checkpoint, open_processes
-from t2i_experts.training.state import (
-    TrainState,
+from t2i_experts.training.checkpoints import (
     Validation,
     best_checkpoint,
     lock_run,
@@ -44,6 +34,17 @@ from t2i_experts.training.state import (
     record_roll_back,
     refuse_changed_config,
 )
+from t2i_experts.training.data import loader_workers, open_training_shards
+from t2i_experts.training.divergence import LossWatch, TrainingDiverged
+from t2i_experts.training.ema import build_ema
+from t2i_experts.training.embeddings import open_conditioner, stored_embeddings
+from t2i_experts.training.initial import check_initial, read_initial
+from t2i_experts.training.optim import build_optimizer, learning_rate
+from t2i_experts.training.posthoc import drop_later_snapshots, write_snapshots
+from t2i_experts.training.power_ema import PowerFunctionEMA
+from t2i_experts.training.preview import draw_preview, preview_denoiser, refuse_partial_preview
+from t2i_experts.training.processes import agreed_checkpoint, open_processes
+from t2i_experts.training.state import TrainState
 from t2i_experts.training.step import add_gradients, apply_gradients, avoid_cudnn_attention
 from t2i_experts.training.stopping import StopRequest
 from t2i_experts.training.task import Batch, DiffusionTask
@@ -52,13 +53,14 @@ from t2i_experts.training.tracking import RunLog, machine, peak_memory_gib
 from t2i_experts.training.uncertainty import LearnedWeighting
 from t2i_experts.training.unreadable import UnreadableSamples
 from t2i_experts.training.validation import ValidationLoss, validate
+from t2i_experts.types import Denoiser
 
 
 class Trainer:
     """One run: a stage, its shards and its output folder."""
 
     def __init__(self, config: RunConfig, *, progress: bool = True) -> None:
-        """Builds everything and goes back to the newest checkpoint in the output folder, if there is one.
+        """Builds everything and goes back to the newest checkpoint in the output folder, if there is one, or else to the initial weights.
 
         Raises ValueError for a config that does not fit the shards, the encoders, the processes or the existing checkpoint, and for an
         output folder in which another run is at work.
@@ -71,8 +73,11 @@ class Trainer:
         self.device = self.accelerator.device
         self.world_size, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         newest = agreed_checkpoint(self.root)
+        told_once: list[str] = []
         if newest is not None:
             refuse_changed_config(newest, config)
+            if self.accelerator.is_main_process:
+                told_once = check_initial(config, newest)
 
         told, first = progress and self.accelerator.is_main_process, bool(config.stage.buckets)
         with self.accelerator.main_process_first() if first else contextlib.nullcontext():  # it keeps the pictures' sizes for the others
@@ -85,6 +90,10 @@ class Trainer:
         )
         bf16 = training.precision == "bf16"
         self.task = DiffusionTask(config.stage, conditioner, seed=training.seed, device=self.device, bf16=bf16, codec=codec)
+        initial = None
+        if newest is None:
+            initial = read_initial(config)
+            refuse_partial_preview(config)
 
         if self.accelerator.is_main_process:
             self._lock = lock_run(self.root)  # not before: a mistake in the config leaves no folder behind
@@ -92,6 +101,8 @@ class Trainer:
         torch.manual_seed(training.seed)
         avoid_cudnn_attention()
         network = build_network(config.stage, checkpointed_resolutions=training.gradient_checkpointing)
+        if initial is not None:
+            network.load_state_dict(initial.weights)
         self.network: EDMPrecond = network.to(self.device)
         self.ema = build_ema(self.network, training.ema)
         self.optimizer = build_optimizer(self.network, training.optimizer)
@@ -102,6 +113,10 @@ class Trainer:
         self.state = TrainState(
             self.network, self.ema, self.optimizer, 0, dataset, encoders, to_plain(config), self.weighting, codec=weights
         )
+        if initial is not None:
+            self.state.initial = initial.facts
+            told_once = initial.unlike(config.stage, encoders, weights)
+            del initial  # its weights are mapped into memory
         if self.resumed_from is not None:
             self.state.restore(self.resumed_from)
         if training.compile:
@@ -122,6 +137,7 @@ class Trainer:
         self.unreadable = UnreadableSamples(
             self.accelerator, self.log, images_seen=self.state.images_seen, max_share=config.data.max_unreadable
         )
+        self._told_once = told_once
         self._recent: list[tuple[list[str], Tensor, Tensor]] = []  # keys, losses and gradient norm of each step since the last look
         self._waited = 0.0  # seconds of waiting for data and for the other processes since then
         self._watch = LossWatch(training.divergence_factor, self.state.watch)
@@ -142,6 +158,10 @@ class Trainer:
         self.log.event(
             "start", self.state.images_seen, processes=self.world_size, **machine(self.device), **self.sizes(), **self._bucket_samples()
         )
+        if self.resumed_from is None and self.state.initial is not None:
+            self.log.event("initial", self.state.images_seen, **{name: self.state.initial[name] for name in ("model", "fingerprint")})
+        for text in self._told_once:
+            self.log.warn(text)
         if isinstance(self.reader, StreamReader):
             self.log.warn(self.reader.guarantee)
         with contextlib.closing(self.log), StopRequest(training.max_minutes) as stop:
@@ -361,12 +381,20 @@ class Trainer:
 
     def _preview(self) -> None:
         if self.accelerator.is_main_process:
-            stage = Stage(self.config.stage, self.ema.network, self.config.sampling, self.task.codec)
-            path = self.root / "previews" / f"{self.state.images_seen:012d}.png"
-            with self.task.autocast():
-                draw_preview(stage, self.task.conditioner, self.config.training.preview, self.device, path)
-            self.log.preview(self.state.images_seen, path)
+            try:
+                denoiser = preview_denoiser(self.ema.network, self.config, self.device)
+            except ValueError as error:  # the model around an expert was there when the run began
+                self.log.warn(f"warning: no preview at {self.state.images_seen} images: {error}")
+            else:
+                self._draw_preview(denoiser)
         self.accelerator.wait_for_everyone()
+
+    def _draw_preview(self, denoiser: Denoiser) -> None:
+        stage = Stage(self.config.stage, denoiser, self.config.sampling, self.task.codec)
+        path = self.root / "previews" / f"{self.state.images_seen:012d}.png"
+        with self.task.autocast():
+            draw_preview(stage, self.task.conditioner, self.config.training.preview, self.device, path)
+        self.log.preview(self.state.images_seen, path)
 
     def _snapshot(self) -> None:
         """Before the checkpoint: a run that goes on from it finds all earlier snapshots there."""
@@ -417,6 +445,7 @@ class Trainer:
                 "dataset_hash": self.state.dataset_hash,
                 "encoders": dict(self.state.encoders),
                 "codec": self.state.codec,
+                "initial": self.state.initial,
                 "ema": to_plain(self.config.training.ema),
             },
         )

@@ -1,4 +1,6 @@
-"""Loss on held-out images at fixed noise: the same images, noise levels and noise every time, so that two numbers can be compared."""
+"""Loss on held-out images at fixed noise: the same images, noise levels and noise every time, so that two numbers can be compared.
+
+An expert is validated on the noise that it is trained on: two experts' numbers are of different noise."""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from t2i_experts.diffusion.noise import LogNormalSigma
+from t2i_experts.experts.interval import NoiseInterval
 from t2i_experts.shards.order import position_rng
 from t2i_experts.shards.reader import Sample, ShardReader, Unreadable, UnreadableSample
 from t2i_experts.training.task import DiffusionTask, text_inputs
@@ -55,10 +57,11 @@ def standard_error(values: Tensor) -> float:
     return float(values.std() / len(values) ** 0.5) if len(values) > 1 else float("inf")
 
 
-def fixed_sigmas(noise: LogNormalSigma, index: int, bins: int) -> Tensor:
-    """One sigma in each of `bins` equally probable ranges for image `index`, (bins,) float64; images spread evenly inside a bin."""
+def fixed_sigmas(interval: NoiseInterval, index: int, bins: int) -> Tensor:
+    """One sigma in each of `bins` equally probable parts of an interval for image `index`, (bins,) float32; images spread evenly inside
+    a bin."""
     fraction = ((index + 0.5) * GOLDEN) % 1.0
-    return noise.icdf((torch.arange(bins, dtype=torch.float64) + fraction) / bins)
+    return interval.from_uniform((torch.arange(bins, dtype=torch.float64) + fraction) / bins, torch.float32)
 
 
 @torch.no_grad()
@@ -110,13 +113,13 @@ def validate(
         conditioning = task.conditioner.encode(text_inputs(task.conditioner.tokenizer, captions, features), pixels, drops)
         latents = task.latents(pixels)
         eps = torch.stack([_noise(i, latents.shape[1:]) for i in rows]).to(task.device)
-        sigmas = torch.stack([fixed_sigmas(task.noise, i, bins) for i in rows]).float().to(task.device)
+        sigmas = torch.stack([fixed_sigmas(task.interval, i, bins) for i in rows]).to(task.device)
         for b in range(bins):
             with task.autocast():
                 column = task.loss(denoiser, latents, sigmas[:, b], eps, conditioning)
             losses[rows, b] = column.cpu().double()
         read[rows] = True
-    edges = task.noise.icdf(torch.linspace(0, 1, bins + 1, dtype=torch.float64))
+    edges = torch.tensor(task.interval.edges(bins), dtype=torch.float64)
     return ValidationLoss(losses, edges, read, tuple(unreadable))
 
 

@@ -61,7 +61,7 @@ def test_configs_are_shipped_names_and_yaml_files(complete: Complete) -> None:
     Path("mine.yaml").touch()
     Path("tiny").mkdir()
     Path("tiny/own.yaml").touch()
-    assert complete("train", "ti") == ["tiny/base64", "tiny/photos"]
+    assert complete("train", "ti") == ["tiny/base64", "tiny/experts", "tiny/photos"]
     assert complete("config", "show", "m") == ["mine.yaml"]
     assert complete("config", "diff", "mine.yaml", "tiny/") == ["tiny/base64", "tiny/photos", "tiny/own.yaml"]
     assert complete("config", "copy", "mi") == [], "which the shell takes for files"
@@ -99,5 +99,5 @@ def test_bash_itself_completes_a_line_without_torch(tmp_path: Path) -> None:
     """
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(Path(t2i_experts.__file__).parents[1])}
     done = subprocess.run(["bash", "--norc", "-c", script], capture_output=True, text=True, env={**os.environ, **path}, cwd=tmp_path)
-    assert done.stderr == "" and done.stdout.splitlines()[1:] == ["tiny/base64", "tiny/photos"]
+    assert done.stderr == "" and done.stdout.splitlines()[1:] == ["tiny/base64", "tiny/experts", "tiny/photos"]
     assert "-F _t2i_experts_completion" in done.stdout.splitlines()[0]

@@ -120,6 +120,37 @@ def test_draws_are_finite_and_strictly_inside(monkeypatch: pytest.MonkeyPatch, i
     assert len(sigma.unique()) > 990_000, "thin ranges are drawn from as finely as wide ones"
 
 
+SIXTEEN_FLOATS = NoiseInterval.node(21, 2**20 + 1)
+
+
+@pytest.mark.parametrize("interval", [HIGH, LOW, MIDDLE, ALL, SIXTEEN_FLOATS, NoiseInterval.node(45, 2**45 - 1)], ids=str)
+def test_draws_in_float32_stay_inside(monkeypatch: pytest.MonkeyPatch, interval: NoiseInterval) -> None:
+    """Rounding alone takes the outermost draws to an edge, or beyond it; the ends of thin intervals are but a few numbers apart."""
+    v = Extremes()((200_000,), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sigma, exact = interval.from_uniform(v, torch.float32), interval.from_uniform(v)
+    assert sigma.dtype == torch.float32 and interval.contains(sigma).all() and (sigma.double() < interval.sigma_hi).all()
+    torch.testing.assert_close(sigma.double(), exact, rtol=2**-23, atol=0)
+    if interval in (LOW, MIDDLE, SIXTEEN_FLOATS):
+        assert not interval.contains(exact.float()).all()
+    if interval == ALL:
+        assert torch.equal(sigma, exact.float()), "where there is no edge nothing is moved"
+
+
+def test_an_interval_without_a_float32_inside_can_be_no_networks() -> None:
+    narrow = NoiseInterval.node(40, 2**39)
+    assert narrow.ends(torch.float64)[0] < narrow.ends(torch.float64)[1]
+    with pytest.raises(ValueError, match="too narrow: no float32 sigma lies inside"):
+        narrow.ends(torch.float32)
+
+
+@pytest.mark.parametrize("interval", [ALL, HIGH, MIDDLE], ids=str)
+def test_edges_of_equally_probable_parts(interval: NoiseInterval) -> None:
+    edges = interval.edges(4)
+    assert (edges[0], edges[-1]) == (interval.sigma_lo, interval.sigma_hi)
+    half = NoiseInterval(interval.u_lo, (interval.u_lo + interval.u_hi) / 2)
+    assert edges[2] == half.sigma_hi and edges[1] == half.edges(2)[1]
+
+
 def test_draws_follow_the_training_noise_inside() -> None:
     """Half of a node's draws lie in each of its children, and the complement's as its parts' shares say."""
 

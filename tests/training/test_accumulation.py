@@ -14,7 +14,7 @@ import pytest
 
 from t2i_experts.config import load_config
 from t2i_experts.shards.reader import Unreadable
-from t2i_experts.training.state import checkpoints
+from t2i_experts.training.checkpoints import checkpoints
 from t2i_experts.training.stopping import StopRequest
 from t2i_experts.training.task import Batch
 from t2i_experts.training.trainer import Trainer, train

@@ -16,7 +16,7 @@ from t2i_experts.cascade.pipeline import CascadePipeline
 from t2i_experts.cli.app import main
 from t2i_experts.config import load_config
 from t2i_experts.shards.writer import ShardWriter
-from t2i_experts.training.state import checkpoints
+from t2i_experts.training.checkpoints import checkpoints
 from t2i_experts.training.stopping import StopRequest
 from t2i_experts.training.task import Batch, DiffusionTask
 from t2i_experts.training.trainer import Trainer, train

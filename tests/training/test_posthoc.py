@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from t2i_experts.config import load_config
+from t2i_experts.training.checkpoints import checkpoints
 from t2i_experts.training.posthoc import drop_later_snapshots, reconstruct, snapshots, write_snapshots
 from t2i_experts.training.power_ema import PowerFunctionEMA
-from t2i_experts.training.state import checkpoints
 from t2i_experts.training.trainer import Trainer, train
 
 WriteConfig = Callable[[str], Path]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from t2i_experts.cli.app import main
 from t2i_experts.config import load_config
+from t2i_experts.training.checkpoints import checkpoints
 from t2i_experts.training.report import write_report
-from t2i_experts.training.state import checkpoints
 from t2i_experts.training.task import Batch
 from t2i_experts.training.trainer import Trainer, TrainingDiverged, train
 from t2i_experts.types import Denoiser

@@ -16,7 +16,7 @@ import pytest
 
 from t2i_experts.config import load_config
 from t2i_experts.shards import stream
-from t2i_experts.training.state import checkpoints
+from t2i_experts.training.checkpoints import checkpoints
 from t2i_experts.training.trainer import Trainer, train
 
 WriteConfig = Callable[[str], Path]

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from t2i_experts.config import OptimizerConfig
+from t2i_experts.training.checkpoints import checkpoints
 from t2i_experts.training.ema import EMA
 from t2i_experts.training.optim import build_optimizer
-from t2i_experts.training.state import TrainState, checkpoints
+from t2i_experts.training.state import TrainState
 
 
 def state(seed: int, dataset_hash: str = "abc", width: int = 4) -> TrainState:

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from t2i_experts.config import load_config
+from t2i_experts.training.checkpoints import best_checkpoint, checkpoints, read_facts
 from t2i_experts.training.divergence import LossWatch, TrainingDiverged
-from t2i_experts.training.state import best_checkpoint, checkpoints, read_facts
 from t2i_experts.training.trainer import Trainer, train
 
 WriteConfig = Callable[[str], Path]

@@ -64,6 +64,26 @@ def test_noise_levels_follow_the_distribution(task: DiffusionTask) -> None:
     assert float(logs.std()) == pytest.approx(1.2, abs=0.1)
 
 
+SIXTEEN_FLOATS = ("1048577/2097152", "1048578/2097152")  # of which rounding takes 4 % of all draws out
+
+
+@pytest.mark.parametrize("quantiles", [("511/512", "1"), ("0", "1/8"), ("1/8", "511/512"), SIXTEEN_FLOATS])
+def test_an_expert_meets_its_own_noise_alone(task: DiffusionTask, quantiles: tuple[str, str]) -> None:
+    stage = replace(task.stage, noise=replace(task.stage.noise, quantiles=list(quantiles)))
+    expert, recorder = DiffusionTask(stage, task.conditioner, seed=3, device=task.device), Recorder()
+    batch = expert.collate()([replace(sample, caption="") for sample in samples(range(2000))])
+    expert.losses(recorder, batch)
+    assert expert.interval.contains(recorder.sigma).all() and recorder.sigma.isfinite().all()
+    quantile = (expert.interval.distribution.cdf(recorder.sigma) - float(expert.interval.u_lo)) / float(expert.interval.share)
+    assert float(quantile.mean()) == pytest.approx(0.5, abs=0.03)
+
+
+def test_an_interval_too_narrow_to_train_on_is_refused(task: DiffusionTask) -> None:
+    stage = replace(task.stage, noise=replace(task.stage.noise, quantiles=["0.5", "0.500000000001"]))
+    with pytest.raises(ValueError, match="too narrow"):
+        DiffusionTask(stage, task.conditioner, seed=3, device=task.device)
+
+
 def test_a_batch_meets_the_same_noise_whenever_it_comes(task: DiffusionTask) -> None:
     first, again, other = Recorder(), Recorder(), Recorder()
     batch = task.collate()(samples(range(8)))

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from t2i_experts.cli.app import main
 from t2i_experts.config import load_config
+from t2i_experts.training.checkpoints import checkpoints
 from t2i_experts.training.divergence import TrainingDiverged
-from t2i_experts.training.state import checkpoints
 from t2i_experts.training.trainer import Trainer, train
 
 WriteConfig = Callable[[str], Path]
@@ -201,7 +201,7 @@ def test_other_encoder_weights_are_refused(write_config: WriteConfig, tmp_path: 
 HOLDER = """
 import sys
 from pathlib import Path
-from t2i_experts.training.state import lock_run
+from t2i_experts.training.checkpoints import lock_run
 lock = lock_run(Path(sys.argv[1]))
 print("taken", flush=True)
 sys.stdin.read()

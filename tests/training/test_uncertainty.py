@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from t2i_experts.config import OptimizerConfig, load_config
-from t2i_experts.training.state import checkpoints
+from t2i_experts.training.checkpoints import checkpoints
 from t2i_experts.training.trainer import train
 from t2i_experts.training.uncertainty import LearnedWeighting
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from t2i_experts.config import load_config
 from t2i_experts.shards.index import scan
 from t2i_experts.shards.reader import Unreadable
-from t2i_experts.training.state import checkpoints
+from t2i_experts.training.checkpoints import checkpoints
 from t2i_experts.training.trainer import train
 from t2i_experts.training.unreadable import UnreadableSamples
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from t2i_experts.conditioning.conditioner import TextConditioner
 from t2i_experts.config import StageConfig
 from t2i_experts.diffusion.noise import LogNormalSigma
+from t2i_experts.experts.interval import NoiseInterval
 from t2i_experts.shards.reader import RawSample, ShardReader, Unreadable, UnreadableSample
 from t2i_experts.training.task import DiffusionTask
 from t2i_experts.training.validation import fixed_sigmas, standard_error, validate
@@ -33,9 +35,14 @@ def word_counting(x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tenso
     return x / (1 + sigma[:, None, None, None] ** 2) + tokens.mean(dim=(1, 2))[:, None, None, None]
 
 
-def test_sigmas_fill_equally_probable_bins() -> None:
-    noise = LogNormalSigma()
-    quantiles = torch.stack([noise.cdf(fixed_sigmas(noise, i, 4)) for i in range(200)])
+@pytest.mark.parametrize(("u_lo", "u_hi"), [(0, 1), (0, Fraction(1, 8)), (Fraction(511, 512), 1), (Fraction(1, 3), Fraction(2, 3))])
+def test_sigmas_fill_equally_probable_bins(u_lo: Fraction, u_hi: Fraction) -> None:
+    interval = NoiseInterval(Fraction(u_lo), Fraction(u_hi))
+    sigmas = torch.stack([fixed_sigmas(interval, i, 4) for i in range(200)])
+    assert sigmas.dtype == torch.float32 and interval.contains(sigmas).all()
+    edges = torch.tensor(interval.edges(4), dtype=torch.float64)
+    assert ((sigmas > edges[:-1]) & (sigmas < edges[1:])).all()
+    quantiles = (LogNormalSigma().cdf(sigmas) - float(u_lo)) / float(interval.share)
     assert torch.equal((quantiles * 4).long(), torch.arange(4).expand(200, 4))
     inside = ((quantiles * 4) % 1)[:, 0].sort().values
     torch.testing.assert_close(inside, (torch.arange(200, dtype=torch.float64) + 0.5) / 200, atol=0.02, rtol=0)

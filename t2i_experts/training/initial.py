@@ -1,0 +1,101 @@
+"""The weights that a run begins with: those of a model folder, if `training.initial` names one.
+
+Fine-tuning, and the children of a tree of experts, begin with the averaged weights of another run; the optimiser, the warm-up of its
+learning rate and the average begin anew. A checkpoint remembers where the weights came from and their fingerprint, and needs them no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2i_experts.cascade.model_folder import find_model, read_network, read_provenance
+from t2i_experts.cascade.stage import build_network
+from t2i_experts.cascade.weights import refuse_misfit
+from t2i_experts.config import RunConfig, StageConfig
+from t2i_experts.training.checkpoints import read_facts
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """weights: the state of an `EDMPrecond`. stage: what they were trained as. model: the folder or hub id, as the config names it.
+    fingerprint: as `LoadedModel`'s. provenance: as `save_model` was given it."""
+
+    weights: Mapping[str, Tensor]
+    stage: StageConfig
+    model: str
+    fingerprint: str
+    provenance: Mapping[str, Any]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint and a model folder remember."""
+        return {"model": self.model, "fingerprint": self.fingerprint, "images_seen": self.provenance.get("images_seen")}
+
+    def unlike(self, stage: StageConfig, encoders: Mapping[str, str], codec: str | None) -> list[str]:
+        """What the weights were used to and do not find in this run, in sentences: they fit, but must learn it anew.
+
+        encoders, codec: the run's fingerprints, as in `TrainState`; of a model that does not tell its own, nothing is said.
+        """
+        told, theirs = [], self.provenance.get("encoders") or {}
+        changed = sorted(name for name, digest in encoders.items() if name in theirs and theirs[name] != digest)
+        if changed:
+            told.append(f"it was trained with other weights of the encoders {', '.join(changed)}, whose embeddings it must learn anew")
+        if "codec" in self.provenance and self.provenance["codec"] != codec:
+            told.append("it was trained with another codec, whose latents it must learn anew")
+        ours, sigma_data = stage.noise.sigma_data, self.stage.noise.sigma_data
+        if ours != sigma_data:
+            told.append(f"it was trained with sigma_data {sigma_data:g}, which scales all that it reads and says, and not {ours:g}")
+        return [f"warning: training.initial={self.model!r}: {text}" for text in told]
+
+
+def read_initial(config: RunConfig) -> InitialWeights | None:
+    """The weights that a run without checkpoints begins with; None for fresh ones.
+
+    Raises ValueError that names `training.initial` for one that is no model folder, of another stage, or does not fit the network.
+    """
+    name = config.training.initial
+    if name is None:
+        return None
+    try:
+        folder = find_model(name)
+        stage, weights, fingerprint = read_network(folder)
+        if stage.name != config.stage.name:
+            raise ValueError(f"it is a model of the stage {stage.name}, and this run trains {config.stage.name}")
+        with torch.device("meta"):
+            network = build_network(config.stage)
+        refuse_misfit(network, weights, "the network of this run")
+        return InitialWeights(weights, stage, name, fingerprint, read_provenance(folder))
+    except ValueError as error:
+        raise ValueError(f"training.initial={name!r}: {error}") from error
+
+
+def check_initial(config: RunConfig, checkpoint: Path) -> list[str]:
+    """What is to be told of a run that goes on from a checkpoint, because the weights that it began with have changed since.
+
+    The same weights may have moved, and none need to be there any more. Raises ValueError if the config names other ones now.
+    """
+    name, recorded = config.training.initial, read_facts(checkpoint).get("initial")
+    if name is None or recorded is None:
+        return []
+    found = None
+    if Path(name).is_dir():  # a hub id is not asked for again
+        try:
+            found = read_network(Path(name))[2]
+        except ValueError:
+            found = None
+    if found == recorded["fingerprint"] or (found is None and name == recorded["model"]):
+        return []
+    if name != recorded["model"]:
+        run, holds = checkpoint.parent.parent, f"has {found}" if found else "cannot be read"
+        raise ValueError(
+            f"training.initial={name!r} {holds}, but the run in {run} began with the weights {recorded['fingerprint']} of "
+            f"{recorded['model']!r}: name these, or choose another output"
+        )
+    text = f"has changed since this run began with it (weights {recorded['fingerprint']}, now {found}); the run goes on with its own"
+    return [f"warning: training.initial={name!r} {text}"]
