@@ -20,7 +20,7 @@ def state(seed: int, *, dtype: torch.dtype = torch.float32, scale: float = 1.0) 
     generator = torch.Generator().manual_seed(seed)
     sizes = 10 ** (torch.rand(40, generator=generator) * 20 - 15)
     numbers = torch.randn(40, generator=generator) * sizes * scale
-    numbers[:2] = torch.tensor([0.0, -0.0])
+    numbers[:2] = torch.tensor([0.0, -0.0] if seed % 2 else [-0.0, 0.0])
     conv = torch.randn(4, 3, 3, 3, generator=generator).to(memory_format=torch.channels_last)
     return {"numbers": numbers.to(dtype), "conv.weight": conv.to(dtype), "steps": torch.tensor([7])}
 
