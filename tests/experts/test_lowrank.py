@@ -222,6 +222,7 @@ def test_it_starts_as_the_root_and_trains_little() -> None:
     root, network = unet(), unet()
     add_low_rank(network, 2)
     assert torch.equal(answer(network), answer(root)), "up is zero"
+    assert not low_rank_difference(network.state_dict(), root.state_dict()).whole, "what has not changed is not stored"
     free = sum(p.numel() for p in network.parameters() if p.requires_grad)
     assert free < 0.3 * sum(p.numel() for p in root.parameters())
 
