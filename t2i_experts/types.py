@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -121,10 +121,13 @@ class Conditioning:
 
     `projected` holds what a network has computed from the embeddings alone (see `EDMPrecond.prepare`), so that it is computed
     once a prompt and not once a step. Every tensor has the batch as its first dimension.
+
+    `rows` and `under` give the same object whenever the same is asked for, so that whoever has taken it in once knows it again.
     """
 
     embeddings: Mapping[str, Embedding]
     projected: Mapping[str, Tensor] = field(default_factory=dict)
+    _parts: dict[Hashable, Conditioning] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def batch(self) -> int:
@@ -145,11 +148,23 @@ class Conditioning:
 
     def rows(self, start: int, stop: int) -> Conditioning:
         """The rows [start, stop), as views."""
-        return self.map(lambda tensor: tensor[start:stop])
+        return self._part((start, stop), lambda: self.map(lambda tensor: tensor[start:stop]))
+
+    def under(self, name: str) -> Conditioning:
+        """Of `projected` what is called `name/...`, without these words: the projections that belong to one of several networks."""
+
+        def own() -> Conditioning:
+            prefix = f"{name}/"
+            return Conditioning(self.embeddings, {k.removeprefix(prefix): t for k, t in self.projected.items() if k.startswith(prefix)})
+
+        return self._part(name, own)
 
     def expand(self, batch: int) -> Conditioning:
         """A batch of one row repeated `batch` times, without copying."""
         return self.map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
+
+    def _part(self, key: Hashable, make: Callable[[], Conditioning]) -> Conditioning:
+        return self._parts.get(key) or self._parts.setdefault(key, make())
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:

@@ -51,7 +51,7 @@ DOORS = {
     "pyarrow": ("shards.parquet",),
     "safetensors": (
         "conditioning",
-        "cascade.model_folder",
+        "cascade.weights",
         "experts.lowrank_file",
         "evaluation.judge",
         "evaluation.weights",

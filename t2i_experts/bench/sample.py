@@ -19,7 +19,9 @@ from t2i_experts.bench.timing import interleave
 from t2i_experts.cascade.graphs import GraphedDenoiser
 from t2i_experts.cascade.pipeline import CascadePipeline, start_noise
 from t2i_experts.config import SamplingConfig
+from t2i_experts.experts.ensemble import ExpertEnsemble, each_network
 from t2i_experts.training.allocations import held_by
+from t2i_experts.types import Denoiser
 
 PROMPTS = ["a red apple", "a cat to the left of a pine tree", "two blue fish", "a house on a pink background", "a 3D emoji of an owl"]
 _GUIDANCES = (3.0, 2.0, 4.0, 3.5, 5.0)
@@ -64,10 +66,11 @@ def bench_sample(
 
 def _eager(pipeline: CascadePipeline) -> CascadePipeline:
     """The same pipeline without graphs."""
-    stages = dict(pipeline.model.stages)
-    for name, stage in stages.items():
-        if isinstance(stage.denoiser, GraphedDenoiser):
-            stages[name] = replace(stage, denoiser=stage.denoiser.denoiser)
+
+    def plain(network: Denoiser) -> Denoiser:
+        return network.denoiser if isinstance(network, GraphedDenoiser) else network
+
+    stages = {name: replace(stage, denoiser=each_network(stage.denoiser, plain)) for name, stage in pipeline.model.stages.items()}
     return CascadePipeline(replace(pipeline.model, stages=stages), pipeline.device, pipeline.dtype)
 
 
@@ -79,7 +82,10 @@ def _denoised(pipeline: CascadePipeline, sampling: SamplingConfig) -> Tensor:
 
 
 def _floor(pipeline: CascadePipeline, sampling: SamplingConfig, batch: int) -> float:
-    """Seconds of one evaluation at best: the operations of both branches at the matrix rate, and the weights at the bandwidth."""
+    """Seconds of one evaluation at best: the operations of both branches at the matrix rate, and the weights at the bandwidth.
+
+    Of an ensemble: the operations of the expert at sigma 1, and the weights of the average one.
+    """
     stage, device = pipeline.base, pipeline.device
     rows = batch if sampling.guidance == 1 else 2 * batch
     denoiser: Any = stage.denoiser
@@ -88,7 +94,9 @@ def _floor(pipeline: CascadePipeline, sampling: SamplingConfig, batch: int) -> f
     with torch.no_grad():
         prepared = denoiser.prepare(conditioning)
     operations = flops(lambda: denoiser(x, torch.ones(()), prepared))
-    return operations / matrix_rate(device, pipeline.dtype) + held_by(denoiser) / bandwidth(device)
+    networks = denoiser.networks if isinstance(denoiser, ExpertEnsemble) else (denoiser,)
+    weights = sum(map(held_by, networks)) / len(networks)
+    return operations / matrix_rate(device, pipeline.dtype) + weights / bandwidth(device)
 
 
 def _counts(pipeline: CascadePipeline, sampling: SamplingConfig, batch: int) -> Mapping[str, float]:

@@ -16,6 +16,25 @@ from t2i_experts.types import Conditioning, Denoiser
 _WARM_UP = 2  # evaluations before one is recorded: kernels are loaded and chosen, and compiled code is compiled
 
 
+class GraphMemory:
+    """What the graphs of several denoisers share, of which only one runs at a time: the memory for all that an evaluation makes, the stream
+    that they are recorded on (memory that was used on one stream is not used again on another), and the turns that threads take."""
+
+    def __init__(self) -> None:
+        self.turn = threading.Lock()
+        self._places: dict[torch.device, tuple[Any, torch.cuda.Stream]] = {}
+
+    def on(self, device: torch.device) -> tuple[Any, torch.cuda.Stream]:
+        """The pool and the stream of a device."""
+        if device not in self._places:
+            self._places[device] = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        return self._places[device]
+
+    def leave(self, device: torch.device) -> None:
+        """After a recording that failed, in whatever state: what is recorded next takes another pool and stream."""
+        self._places.pop(device, None)
+
+
 class GraphedDenoiser:
     """A `Denoiser` around another on CUDA, which records each kind of evaluation once and then replays it.
 
@@ -23,14 +42,15 @@ class GraphedDenoiser:
     reads, on the device. What cannot be replayed is evaluated as ever: on other devices, with gradients, sigmas of (B,), a conditioning
     that is not prepared, and a network that CUDA cannot record, of which a warning tells.
 
-    The weights are read where they lie: they may change, but not move. Threads take turns; all evaluations belong on one stream.
+    The weights are read where they lie: they may change, but not move. Threads take turns; all evaluations belong on one stream, with all
+    of other denoisers that share the memory.
     """
 
-    def __init__(self, denoiser: Denoiser) -> None:
+    def __init__(self, denoiser: Denoiser, memory: GraphMemory | None = None) -> None:
+        """memory: None: of its own."""
         self.denoiser = denoiser
         self._graphs: dict[Hashable, _Graph | None] = {}
-        self._pool: Any = None  # one for all graphs, of which only one runs at a time
-        self._lock = threading.Lock()
+        self._memory = memory or GraphMemory()
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
         """What the denoiser inside makes of the conditioning."""
@@ -42,7 +62,7 @@ class GraphedDenoiser:
             return self.denoiser(x, sigma, conditioning)
         computed_in = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         kind = (computed_in, x.shape, x.stride(), x.dtype, *((name, t.shape, t.dtype) for name, t in conditioning.projected.items()))
-        with self._lock:
+        with self._memory.turn:
             if kind not in self._graphs:
                 with torch.inference_mode(False), torch.no_grad():  # so that other modes may write into what is made here
                     self._graphs[kind] = self._record(x, sigma, conditioning)
@@ -50,11 +70,11 @@ class GraphedDenoiser:
             return self.denoiser(x, sigma, conditioning) if graph is None else graph(x, sigma, conditioning)
 
     def _record(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> _Graph | None:
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
             with torch.cuda.stream(torch.cuda.current_stream(x.device)):  # which a failure may leave another than it was
-                return _Graph(self.denoiser, x, sigma, conditioning, self._pool)
+                return _Graph(self.denoiser, x, sigma, conditioning, self._memory)
         except RuntimeError as error:
+            self._memory.leave(x.device)
             warnings.warn(f"the denoiser cannot be recorded as a CUDA graph, and every kernel is launched by itself: {error}", stacklevel=3)
             return None
 
@@ -62,7 +82,7 @@ class GraphedDenoiser:
 class _Graph:
     """One recorded evaluation, with the tensors that it reads and writes."""
 
-    def __init__(self, denoiser: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning, pool: Any) -> None:
+    def __init__(self, denoiser: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning, memory: GraphMemory) -> None:
         """Raises RuntimeError for a denoiser that waits for the device."""
         self._x = torch.empty_like(x)
         self._sigma = torch.empty((), dtype=torch.float64, device=x.device)  # as samplers give it
@@ -70,7 +90,7 @@ class _Graph:
         self._holds: Conditioning | None = None
         self._fill(x, sigma, conditioning)
         inputs = (self._x, self._sigma, Conditioning(conditioning.embeddings, self._projected))
-        stream = torch.cuda.Stream(x.device)
+        pool, stream = memory.on(x.device)
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):

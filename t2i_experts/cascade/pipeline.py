@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -13,14 +13,16 @@ from torch import Tensor
 
 from t2i_experts.cascade.codec import latent_shape
 from t2i_experts.cascade.device import default_device, default_dtype, open_device
-from t2i_experts.cascade.graphs import GraphedDenoiser
+from t2i_experts.cascade.graphs import GraphedDenoiser, GraphMemory
 from t2i_experts.cascade.model_folder import LoadedModel, load_model
 from t2i_experts.cascade.picture import to_uint8
 from t2i_experts.cascade.stage import Progress, Stage, check_shape
-from t2i_experts.config import SamplingConfig
+from t2i_experts.config import ExpertSamplingConfig, SamplingConfig
 from t2i_experts.diffusion.precond import EDMPrecond
+from t2i_experts.experts.ensemble import each_network
+from t2i_experts.experts.sampling import check_leaves
 from t2i_experts.shards.order import position_rng
-from t2i_experts.types import Conditioning
+from t2i_experts.types import Conditioning, Denoiser
 
 
 def start_noise(seed: int, index: int, shape: tuple[int, int, int]) -> Tensor:
@@ -63,12 +65,15 @@ class CascadePipeline:
         device = default_device() if device is None else open_device(device, f"device={str(device)!r}")
         dtype = dtype or default_dtype(device)
         loaded = load_model(model, device=device, dtype=dtype)
-        if compile:
-            for stage in loaded.stages.values():
-                cast(EDMPrecond, stage.denoiser).compile(dynamic=False)
-        if device.type == "cuda":
-            stages = {name: replace(stage, denoiser=GraphedDenoiser(stage.denoiser)) for name, stage in loaded.stages.items()}
-            loaded = replace(loaded, stages=stages)
+        memory = GraphMemory()
+
+        def quick(network: Denoiser) -> Denoiser:
+            if compile:
+                cast(EDMPrecond, network).compile(dynamic=False)  # once for all experts of one shape
+            return GraphedDenoiser(network, memory) if device.type == "cuda" else network
+
+        stages = {name: replace(stage, denoiser=each_network(stage.denoiser, quick)) for name, stage in loaded.stages.items()}
+        loaded = replace(loaded, stages=stages)
         return cls(loaded, device, dtype)
 
     @property
@@ -77,17 +82,32 @@ class CascadePipeline:
         return next(iter(self.model.stages.values()))
 
     def settings(
-        self, *, sampler: str | None = None, steps: int | None = None, guidance: float | None = None, threshold: float | None = None
+        self,
+        *,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        threshold: float | None = None,
+        experts: Mapping[str, ExpertSamplingConfig] | None = None,
     ) -> SamplingConfig:
-        """The model's own sampling settings with the given ones in their place; None leaves one as it is."""
-        own = self.base.sampling
-        return replace(
+        """The model's own sampling settings with the given ones in their place; None leaves one as it is.
+
+        steps, guidance: for all experts, also where the model has others of its own for some. experts: what some are to have, by the names
+        in `base.leaves`. Raises ValueError for a name that is not there.
+        """
+        own = self.base.sampling.for_all(steps=steps, guidance=guidance)
+        merged = {name: own.experts.get(name, ExpertSamplingConfig()) for name in [*own.experts, *(experts or {})]}
+        for name, given in (experts or {}).items():
+            said = {key: value for key, value in asdict(given).items() if value is not None}
+            merged[name] = replace(merged[name], **said)
+        settings = replace(
             own,
             sampler=own.sampler if sampler is None else sampler,
-            steps=own.steps if steps is None else steps,
-            guidance=own.guidance if guidance is None else guidance,
             threshold=own.threshold if threshold is None else threshold,
+            experts=merged,
         )
+        check_leaves(settings, self.base.leaves)
+        return settings
 
     @torch.no_grad()
     def __call__(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -13,8 +13,9 @@ from t2i_experts.cascade.codec import PIXEL, Codec, fits, latent_shape
 from t2i_experts.config import SamplingConfig, StageConfig, check_threshold
 from t2i_experts.diffusion.guidance import ClassifierFreeGuidance
 from t2i_experts.diffusion.precond import EDMPrecond, Network
-from t2i_experts.diffusion.samplers import karras_sigmas
 from t2i_experts.diffusion.thresholding import DynamicThresholding
+from t2i_experts.experts.interval import NoiseInterval
+from t2i_experts.experts.sampling import guidance_scale, schedule
 from t2i_experts.nn.unet import UNet
 from t2i_experts.registry import registry
 from t2i_experts.types import Conditioning, Denoiser
@@ -78,12 +79,14 @@ class Stage:
     """A denoiser that makes pictures of one size, or of the shapes of its buckets.
 
     config: what it was trained as. denoiser: its weights. sampling: its default settings. codec: that of the config, loaded.
+    leaves: of an ensemble, the interval of each expert by the name that `SamplingConfig.experts` calls it, from low noise to high.
     """
 
     config: StageConfig
     denoiser: Denoiser
     sampling: SamplingConfig
     codec: Codec = PIXEL
+    leaves: Mapping[str, NoiseInterval] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert fits(self.codec, self.config), "a stage needs the codec of its config: load_codec(config)"
@@ -98,6 +101,10 @@ class Stage:
         """See `image_shapes`."""
         return image_shapes(self.config)
 
+    def steps(self, sampling: SamplingConfig) -> int:
+        """How many steps a sampling with these settings makes, those of all experts. Raises ValueError as `sample`."""
+        return len(schedule(sampling, self.leaves)) - 1
+
     @torch.no_grad()
     def sample(
         self, noise: Tensor, conditioning: Conditioning, null: Conditioning, sampling: SamplingConfig, progress: Progress | None = None
@@ -108,15 +115,15 @@ class Stage:
         for guidance. Returns pictures, (B, 3, H, W) float32, clamped to [-1, 1]. Raises ValueError for settings that are out of range.
         """
         check_threshold(sampling.threshold, self.config.codec)
-        sigmas = karras_sigmas(sampling.steps, sampling.sigma_min, sampling.sigma_max, sampling.rho)
+        sigmas = schedule(sampling, self.leaves)
         sampler = registry.get("sampler", sampling.sampler)
-        guided = ClassifierFreeGuidance(self.denoiser, null, sampling.guidance, sampling.guidance_interval)
+        guided = ClassifierFreeGuidance(self.denoiser, null, guidance_scale(sampling, self.leaves), sampling.guidance_interval)
         prepared = guided.prepare(conditioning)
         denoiser: Denoiser = DynamicThresholding(guided, sampling.threshold) if sampling.threshold else guided
 
         def callback(step: int, sigma: Tensor, denoised: Tensor) -> None:
             if progress is not None:
-                progress(step + 1, sampling.steps, denoised)
+                progress(step + 1, len(sigmas) - 1, denoised)
 
         x = noise.float().contiguous(memory_format=torch.channels_last) * float(sigmas[0])
         return self.codec.decode(sampler(denoiser, x, sigmas, prepared, callback=callback)).clamp(-1, 1)

@@ -158,8 +158,9 @@ def _read(config: str) -> dict[str, Any]:
     if (folder / "model_index.json").is_file():
         from t2i_experts.cascade.model_folder import read_configs
 
-        stage, sampling = read_configs(folder)
-        return {"stage": to_plain(stage), "sampling": to_plain(sampling)}
+        stage, sampling, leaves = read_configs(folder)
+        experts = {leaf.name: {"noise": str(leaf.interval), "expert": leaf.expert} for leaf in leaves}
+        return {"stage": to_plain(stage), "sampling": to_plain(sampling), **({"ensemble": experts} if experts else {})}
     if (folder / "state.json").is_file():
         from t2i_experts.training.state import read_facts
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from t2i_experts.config.origins import Setting
-from t2i_experts.config.rules import check_sampling, check_stage, check_stage_name, check_threshold, is_url
+from t2i_experts.config.rules import check_node_name, check_sampling, check_stage, check_stage_name, check_threshold, is_url
 from t2i_experts.config.schema import (
     CodecConfig,
     DataConfig,
     EMAConfig,
     EncoderConfig,
+    ExpertSamplingConfig,
     ExpertsConfig,
     NetworkConfig,
     NodeConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "DataConfig",
     "EMAConfig",
     "EncoderConfig",
+    "ExpertSamplingConfig",
     "ExpertsConfig",
     "NetworkConfig",
     "NodeConfig",
@@ -60,6 +62,7 @@ __all__ = [
     "ValidationConfig",
     "build_config",
     "changes",
+    "check_node_name",
     "check_sampling",
     "check_stage",
     "check_stage_name",

@@ -6,7 +6,8 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
+from fractions import Fraction
 
 from t2i_experts.config.schema import (
     CodecConfig,
@@ -26,6 +27,12 @@ def check_sampling(sampling: SamplingConfig, prefix: str = "sampling.") -> None:
         raise ValueError(f"{prefix}steps={sampling.steps} must be at least 1")
     if not 0 <= sampling.guidance < math.inf:
         raise ValueError(f"{prefix}guidance={sampling.guidance} must be finite and not negative; 1 means no guidance")
+    for name, expert in sampling.experts.items():
+        where = f"{prefix}experts.{name}."
+        if expert.steps is not None and expert.steps < 1:
+            raise ValueError(f"{where}steps={expert.steps} must be at least 1; null means as many as the schedule has there")
+        if expert.guidance is not None and not 0 <= expert.guidance < math.inf:
+            raise ValueError(f"{where}guidance={expert.guidance} must be finite and not negative; null means that of all experts")
     lo, hi = sampling.guidance_interval
     if not 0 <= lo < hi:
         raise ValueError(f"{prefix}guidance_interval={sampling.guidance_interval} must be [lo, hi] with 0 <= lo < hi, in units of sigma")
@@ -114,6 +121,7 @@ def check_stage(stage: StageConfig, prefix: str = "stage.") -> None:
     """Raises ValueError for a stage that cannot be built or saved, naming the field after `prefix`."""
     check_stage_name(stage.name, f"{prefix}name")
     _check_numbers(stage, prefix, _STAGE)
+    _check_quantiles(stage, prefix)
     _check_buckets(stage, prefix)
     _check_codec(stage, prefix)
     if stage.network.backbone == "unet":
@@ -129,6 +137,21 @@ def check_stage(stage: StageConfig, prefix: str = "stage.") -> None:
         _check_numbers(encoder, f"{where}.", _ENCODER)
         if encoder.kind == "clip_image" and encoder.max_tokens != 1:
             raise ValueError(f"{where}.max_tokens={encoder.max_tokens} must be 1 for kind clip_image: a picture is one token")
+
+
+def _check_quantiles(stage: StageConfig, prefix: str) -> None:
+    quantiles = stage.noise.quantiles
+    if not quantiles:
+        return
+    try:
+        u_lo, u_hi = map(Fraction, quantiles)
+        ordered = 0 <= u_lo < u_hi <= 1
+    except (ValueError, ZeroDivisionError):
+        ordered = False
+    if not ordered:
+        raise ValueError(
+            f"{prefix}noise.quantiles={quantiles} must be two numbers or fractions with 0 <= u_lo < u_hi <= 1; [] means all noise"
+        )
 
 
 def _check_buckets(stage: StageConfig, prefix: str) -> None:
@@ -297,6 +320,12 @@ def _check_urls(config: RunConfig) -> None:
 _NODE_NAME = re.compile(r"E\^[0-9]+_[0-9]+|[A-Za-z0-9_-]+")
 
 
+def check_node_name(name: str, where: str) -> None:
+    """Raises ValueError for a name that cannot be a node's, which is a folder's too."""
+    if not _NODE_NAME.fullmatch(name):
+        raise ValueError(f"{where}: a node's name must be E^level_index, or letters, digits, '_' and '-'; received {name!r}")
+
+
 def _check_experts(experts: ExpertsConfig) -> None:
     """What can be said of a tree without its quantiles; `TreePlan` holds the rest."""
     if not experts.leaves:
@@ -307,8 +336,7 @@ def _check_experts(experts: ExpertsConfig) -> None:
     if experts.images < 1:
         raise ValueError(f"experts.images={experts.images} must be positive: missing mandatory value where experts.leaves names experts")
     for key, name in [*(("leaves", leaf) for leaf in experts.leaves), *(("nodes", node) for node in experts.nodes)]:
-        if not _NODE_NAME.fullmatch(name):
-            raise ValueError(f"experts.{key}: a node's name must be E^level_index, or letters, digits, '_' and '-'; received {name!r}")
+        check_node_name(name, f"experts.{key}")
     for name, node in experts.nodes.items():
         if node.images is not None and node.images < 1:
             raise ValueError(f"experts.nodes.{name}.images={node.images} must be positive; null means experts.images")
@@ -329,7 +357,7 @@ def check(config: RunConfig) -> None:
         raise ValueError(f"training.gradient_checkpointing={recomputed}: the network has {depth} resolutions; 0 remembers all of them")
     check_sampling(config.sampling)
     check_threshold(config.sampling.threshold, config.stage.codec)
-    preview = replace(config.sampling, steps=config.training.preview.steps, guidance=config.training.preview.guidance)
+    preview = config.sampling.for_all(steps=config.training.preview.steps, guidance=config.training.preview.guidance)
     check_sampling(preview, "training.preview.")
     if not config.data.train:
         raise ValueError("data.train is empty; name at least one shard folder")
@@ -339,3 +367,6 @@ def check(config: RunConfig) -> None:
     if every and config.data.validation is None:
         raise ValueError(f"training.validation.every_images={every} needs data.validation; set it to 0, or name a shard folder there")
     _check_experts(config.experts)
+    for name in config.sampling.experts:
+        if name not in config.experts.leaves:
+            raise ValueError(f"sampling.experts.{name}: no such expert; experts.leaves={config.experts.leaves} names those that there are")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 MISSING: Any = "???"
@@ -47,11 +47,16 @@ class NetworkConfig:
 @dataclass(frozen=True)
 class NoiseConfig:
     """ln sigma ~ N(mean, std^2) in training (EDM's P_mean, P_std); sigma_data is the standard deviation of the images in [-1, 1],
-    and the one that a codec gives its latents."""
+    and the one that a codec gives its latents.
+
+    quantiles: [u_lo, u_hi], numbers or fractions such as 511/512: the part of p(sigma) that this network is trained on and answers for;
+    empty: all of it.
+    """
 
     mean: float = -1.2
     std: float = 1.2
     sigma_data: float = 0.5
+    quantiles: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -223,8 +228,23 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class ExpertSamplingConfig:
+    """What one expert is sampled with; None: as all others.
+
+    guidance: of the evaluations that it makes. steps: noise levels in its range, spaced by rho like those of the whole schedule.
+    """
+
+    guidance: float | None = None
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
-    """How a finished model is sampled unless the caller says otherwise; stored in its model folder."""
+    """How a finished model is sampled unless the caller says otherwise; stored in its model folder.
+
+    experts: what particular experts of an ensemble are sampled with, by the name of the leaf. The levels of a leaf without steps of its own
+    are those that lie there in the schedule of `steps` levels.
+    """
 
     sampler: str = "dpmpp_2m"
     steps: int = 25
@@ -234,6 +254,20 @@ class SamplingConfig:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
+    experts: dict[str, ExpertSamplingConfig] = field(default_factory=dict)
+
+    def for_all(self, *, steps: int | None = None, guidance: float | None = None) -> SamplingConfig:
+        """With so many steps, or this guidance, for every expert, in the place of what some have of their own. None leaves all as is."""
+        experts = {
+            name: ExpertSamplingConfig(one.guidance if guidance is None else None, one.steps if steps is None else None)
+            for name, one in self.experts.items()
+        }
+        return replace(
+            self,
+            steps=self.steps if steps is None else steps,
+            guidance=self.guidance if guidance is None else guidance,
+            experts={name: one for name, one in experts.items() if one != ExpertSamplingConfig()},
+        )
 
 
 @dataclass(frozen=True)

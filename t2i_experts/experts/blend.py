@@ -43,7 +43,7 @@ class RatioBlend(nn.Module):
         if conditioning.projected:
             return conditioning
         projected = {
-            f"{name}.{key}": tensor
+            f"{name}/{key}": tensor
             for name, expert in (("high", self.high), ("low", self.low))
             for key, tensor in prepare(expert, conditioning).projected.items()
         }
@@ -92,6 +92,4 @@ class RatioBlend(nn.Module):
     def _expert(self, name: str, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """One expert's answer, with its own projections of the conditioning."""
         expert: Denoiser = getattr(self, name)
-        prefix = f"{name}."
-        own = {key.removeprefix(prefix): tensor for key, tensor in conditioning.projected.items() if key.startswith(prefix)}
-        return expert(x, sigma, replace(conditioning, projected=own))
+        return expert(x, sigma, conditioning.under(name) if conditioning.projected else conditioning)

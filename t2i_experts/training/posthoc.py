@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from t2i_experts.cascade.model_folder import INDEX, flush, load_model, save_model
+from t2i_experts.cascade.model_folder import INDEX, load_model, save_model
+from t2i_experts.cascade.new_folder import flush
 from t2i_experts.training.power_ema import PowerFunctionEMA, Profile, posthoc_coefficients
 
 

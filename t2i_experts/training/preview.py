@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from t2i_experts.config import PreviewConfig
 
 def draw_preview(stage: Stage, conditioner: TextConditioner, config: PreviewConfig, device: torch.device, path: Path) -> None:
     """Writes one contact sheet of the prompts; the PNG's metadata lists them. Prompt i starts from the noise of (seed 0, index i)."""
-    sampling = replace(stage.sampling, steps=config.steps, guidance=config.guidance)
+    sampling = stage.sampling.for_all(steps=config.steps, guidance=config.guidance)
     noise = torch.stack([start_noise(0, i, stage.noise_shape) for i in range(len(config.prompts))]).to(device)
     images = to_uint8(stage.sample(noise, conditioner(config.prompts), conditioner.null(), sampling))
     sheet = contact_sheet([to_pil(image) for image in images], columns=_columns(len(images)))

@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from t2i_experts import __version__
-from t2i_experts.cascade.model_folder import flush, refuse_misfit
+from t2i_experts.cascade.new_folder import flush
+from t2i_experts.cascade.weights import refuse_misfit
 from t2i_experts.config import RunConfig, differences, from_plain, to_plain
 from t2i_experts.shards.format import write_atomically
 from t2i_experts.training.ema import WeightAverage

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from t2i_experts.cascade.model_folder import INDEX, WEIGHTS, find_model, load_model, save_model
+from t2i_experts.cascade.model_folder import INDEX, find_model, load_model, save_model
 from t2i_experts.cascade.pipeline import CascadePipeline
+from t2i_experts.cascade.weights import WEIGHTS
 
 
 def test_round_trip_keeps_weights_settings_and_pictures(model_folder: Path, tmp_path: Path) -> None:

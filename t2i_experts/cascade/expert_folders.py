@@ -1,0 +1,193 @@
+"""The experts of a model folder: each network in a folder of its own, which says what it was trained on, and who answers for which noise.
+
+base64/config.json                  the stage, and under "experts" the leaves from low noise to high: name, quantiles of p(sigma), and whose
+                                    network answers, {"leaf": "E^3_0", "quantiles": ["0", "1/8"], "expert": "E^1_0"}
+base64/experts/E^1_0/config.json    one expert's network, which may be another than the stage's; noise.quantiles: what it was trained on
+base64/experts/E^1_0/diffusion_pytorch_model.safetensors    the same quantiles, and the node's name, stand in its header
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2i_experts.cascade.files import naming, read_json, write_json
+from t2i_experts.cascade.weights import WEIGHTS, load_network, read_about, write_weights
+from t2i_experts.config import EncoderConfig, NoiseConfig, StageConfig, check_node_name, check_stage, differences, from_plain, to_plain
+from t2i_experts.diffusion.noise import LogNormalSigma
+from t2i_experts.experts.ensemble import ExpertEnsemble
+from t2i_experts.experts.interval import NoiseInterval
+from t2i_experts.types import Denoiser
+
+EXPERTS = "experts"
+"""The key in a stage's config.json, and the folder beside it."""
+CONFIG = "config.json"
+_CLASSES = {"unet": "UNet"}  # a backbone of a plugin goes by its name in the registry
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A range of noise of an ensemble: its name, and the name of the expert who answers for it, the leaf itself or one that stands in."""
+
+    name: str
+    interval: NoiseInterval
+    expert: str
+
+
+@dataclass(frozen=True)
+class ExpertState:
+    """What is stored of an expert. config: its network, and in noise.quantiles what it was trained on. weights: of its `EDMPrecond`."""
+
+    config: StageConfig
+    weights: Mapping[str, Tensor]
+
+
+def trained_on(noise: NoiseConfig) -> NoiseInterval:
+    """The part of p(sigma) that a network of this config is trained on."""
+    u_lo, u_hi = map(Fraction, noise.quantiles or ("0", "1"))
+    return NoiseInterval(u_lo, u_hi, LogNormalSigma(noise.mean, noise.std))
+
+
+def stage_tree(stage: StageConfig, leaves: Sequence[Leaf] = ()) -> dict[str, Any]:
+    """What config.json says of a stage, or of one expert's network."""
+    backbone = stage.network.backbone
+    listed = [{"leaf": leaf.name, "quantiles": _quantiles(leaf.interval), "expert": leaf.expert} for leaf in leaves]
+    return {"_class_name": _CLASSES.get(backbone, backbone), **to_plain(stage), **({EXPERTS: listed} if listed else {})}
+
+
+def save_experts(
+    folder: Path, stage: StageConfig, leaves: Sequence[Leaf], experts: Mapping[str, ExpertState], dtype: torch.dtype | None
+) -> None:
+    """Writes the networks of all experts into the folder of a stage, whose config they must fit.
+
+    Raises ValueError for leaves that do not partition the noise, experts that there are not or that answer for nothing, and an expert that
+    differs from the stage in more than its network and its part of the noise.
+    """
+    _ensemble(leaves, {name: _Nobody() for name in experts})
+    if idle := experts.keys() - {leaf.expert for leaf in leaves}:
+        raise ValueError(f"experts that answer for no noise: {', '.join(sorted(idle))}")
+    for name, expert in experts.items():
+        check_node_name(name, EXPERTS)
+        config = _beside(stage, expert.config)
+        refuse_stranger(config, stage, name)
+        own = folder / EXPERTS / name
+        own.mkdir(parents=True)
+        about = {"node": name, "quantiles": " to ".join(_quantiles(trained_on(config.noise)))}
+        write_weights(own / WEIGHTS, expert.weights, dtype=dtype, about=about)
+        write_json(own / CONFIG, stage_tree(config))
+
+
+def read_leaves(path: Path, tree: Mapping[str, Any], noise: NoiseConfig) -> tuple[Leaf, ...]:
+    """The leaves that a stage's config.json lists, from low noise to high; () for a single network. Raises ValueError naming the entry."""
+    listed = tree.get(EXPERTS)
+    if listed is None:
+        return ()
+    with naming(path):
+        if not isinstance(listed, list) or not listed:
+            raise ValueError(f"{EXPERTS}={listed!r} must be a list of experts")
+        leaves = tuple(_leaf(entry, f"{EXPERTS}[{i}]", noise) for i, entry in enumerate(listed))
+        if len({leaf.name for leaf in leaves}) < len(leaves):
+            raise ValueError(f"{EXPERTS} names a leaf twice: {', '.join(leaf.name for leaf in leaves)}")
+        _ensemble(leaves, {leaf.expert: _Nobody() for leaf in leaves})
+    return tuple(sorted(leaves, key=lambda leaf: leaf.interval.u_lo))
+
+
+def load_experts(
+    folder: Path, stage: StageConfig, leaves: Sequence[Leaf], device: torch.device | str, dtype: torch.dtype
+) -> tuple[ExpertEnsemble, str]:
+    """The ensemble in the folder of a stage, each network once, and a fingerprint of its weights and of who answers for what.
+
+    Raises ValueError naming the file for a network that is not whole, or not what config.json says of it.
+    """
+    networks: dict[str, Denoiser] = {}
+    digests: dict[str, str] = {}
+    for name in dict.fromkeys(leaf.expert for leaf in leaves):
+        path = folder / EXPERTS / name / CONFIG
+        config = _read_config(path, stage, name)
+        networks[name], digests[name] = load_network(config, path.with_name(WEIGHTS), device, dtype)
+        with naming(path.with_name(WEIGHTS)):
+            _refuse_mistaken(read_about(path.with_name(WEIGHTS)), name, trained_on(config.noise))
+    lines = (f"{leaf.interval.u_lo} {leaf.interval.u_hi} {digests[leaf.expert]}\n" for leaf in leaves)
+    return _ensemble(leaves, networks), hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def refuse_stranger(config: StageConfig, stage: StageConfig, name: str) -> None:
+    """Raises ValueError, which names the values, for an expert that differs from its stage in more than the network, its part of the noise,
+    and how often training drops encoders."""
+    alike = replace(
+        config,
+        network=stage.network,
+        noise=replace(config.noise, quantiles=stage.noise.quantiles),
+        encoders={key: _as_dropped(encoder, stage.encoders.get(key)) for key, encoder in config.encoders.items()},
+    )
+    if found := list(differences(to_plain(stage), to_plain(alike))):
+        raise ValueError(f"the expert {name} is no expert of this stage, from which it differs in {'; '.join(found)}")
+
+
+class _Nobody:
+    """In the place of a network, where only the intervals are looked at."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: object) -> Tensor:
+        raise AssertionError("nobody evaluates")
+
+
+def _ensemble(leaves: Sequence[Leaf], networks: Mapping[str, Denoiser]) -> ExpertEnsemble:
+    if missing := [leaf.expert for leaf in leaves if leaf.expert not in networks]:
+        raise ValueError(f"no weights of the expert {missing[0]}; there are those of {', '.join(networks) or 'none'}")
+    return ExpertEnsemble([(leaf.interval, networks[leaf.expert]) for leaf in leaves])
+
+
+def _quantiles(interval: NoiseInterval) -> list[str]:
+    return [str(interval.u_lo), str(interval.u_hi)]
+
+
+def _leaf(entry: Any, where: str, noise: NoiseConfig) -> Leaf:
+    if not isinstance(entry, dict) or entry.keys() != {"leaf", "quantiles", "expert"}:
+        raise ValueError(f"{where}={entry!r} must be an object with leaf, quantiles and expert")
+    for key in ("leaf", "expert"):
+        check_node_name(str(entry[key]), f"{where}.{key}")
+    try:
+        interval = trained_on(replace(noise, quantiles=list(map(str, entry["quantiles"]))))
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{where}.quantiles={entry['quantiles']!r} must be two fractions with 0 <= u_lo < u_hi <= 1: {error}") from error
+    return Leaf(str(entry["leaf"]), interval, str(entry["expert"]))
+
+
+def _read_config(path: Path, stage: StageConfig, name: str) -> StageConfig:
+    tree = read_json(path)
+    tree.pop("_class_name", None)
+    with naming(path):
+        config: StageConfig = from_plain(StageConfig, tree)
+        check_stage(config, prefix="")
+        refuse_stranger(config, stage, name)
+    return config
+
+
+def _beside(stage: StageConfig, config: StageConfig) -> StageConfig:
+    """An expert's config that names the encoders' and the codec's files where its stage does."""
+    encoders = {
+        key: replace(encoder, model=stage.encoders[key].model) if key in stage.encoders else encoder
+        for key, encoder in config.encoders.items()
+    }
+    return replace(config, encoders=encoders, codec=replace(config.codec, model=stage.codec.model))
+
+
+def _as_dropped(encoder: EncoderConfig, like: EncoderConfig | None) -> EncoderConfig:
+    return encoder if like is None else replace(encoder, drop=like.drop)
+
+
+def _refuse_mistaken(about: Mapping[str, str], name: str, interval: NoiseInterval) -> None:
+    """Raises ValueError for a file whose header says that it holds another expert than the folder does."""
+    wanted = {"node": name, "quantiles": " to ".join(_quantiles(interval))}
+    for key, value in wanted.items():
+        if about.get(key) != value:
+            raise ValueError(
+                f"its header says {key} {about.get(key)!r}, where {CONFIG} and its folder say {value!r}: another expert's file"
+            )
