@@ -44,7 +44,7 @@ from t2i_experts.experts.states import State, count_bytes
 from t2i_experts.nn.embeddings import fourier_features
 from t2i_experts.types import Conditioning, Denoiser, Embedding
 
-BATCH, RATE, WARMUP = 256, 2e-3, 50
+BATCH, RATE, WARMUP, DRAWN = 256, 2e-3, 50, 100
 LOW, HIGH = "E^3_0", "E^3_7"
 SIGMAS = torch.logspace(math.log10(0.005), math.log10(40), 31)
 STEPS = 32  # of the sampler, Heun's
@@ -54,7 +54,7 @@ RANK_SHARE = 0.3  # of an expert's bytes, for its low-rank form
 class Points(nn.Module):
     """Three hidden layers over a point and the noise, with EDM's network interface; there is no prompt."""
 
-    def __init__(self, width: int = 64, features: int = 16) -> None:
+    def __init__(self, width: int = 32, features: int = 16) -> None:
         super().__init__()
         self.features = features
         sizes = [2 + features, width, width, width, 2]
@@ -93,12 +93,14 @@ def train(network: EDMPrecond, data: Mixture, interval: NoiseInterval, steps: in
     optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=0.0, fused=True)
     loss, empty = EDMLoss(), nothing(BATCH)
     for step in range(steps):
+        if step % DRAWN == 0:
+            sigmas = interval.sample(DRAWN * BATCH, generator=generator).float().split(BATCH)
+            points = data.sample(DRAWN * BATCH, generator).split(BATCH)
+            eps = torch.randn(DRAWN * BATCH, 2, 1, 1, generator=generator).split(BATCH)
         rate = RATE * min((step + 1) / WARMUP, (1 + math.cos(math.pi * step / steps)) / 2)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        sigma = interval.sample(BATCH, generator=generator).float()
-        points, eps = data.sample(BATCH, generator), torch.randn(BATCH, 2, 1, 1, generator=generator)
-        loss(network, points, sigma, eps, empty).mean().backward()
+        optimizer.param_groups[0]["lr"] = rate
+        i = step % DRAWN
+        loss(network, points[i], sigmas[i], eps[i], empty).mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return network.requires_grad_(False).eval()

@@ -89,6 +89,13 @@ def test_the_ends_of_the_probability(interval: NoiseInterval) -> None:
     assert ProbabilisticInterval(interval, 0.3).from_uniform(v, torch.float32).dtype == torch.float32
 
 
+def test_the_largest_number_is_finite_for_every_probability() -> None:
+    """Divided by p, it may come to 1, which stands for infinite noise."""
+    v = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
+    largest = torch.cat([ProbabilisticInterval(LOW, i / 64 + 1e-3).from_uniform(v) for i in range(63)])
+    assert largest.max() < 1e6
+
+
 def test_wrong_values_are_refused() -> None:
     for p in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="p="):
