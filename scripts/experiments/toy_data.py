@@ -18,8 +18,14 @@ class Mixture:
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """(count, 2, 1, 1) float32: pictures of one pixel and two channels."""
-        which = torch.randint(len(self.centres), (count,), generator=generator)
-        points = self.centres[which] + self.std * torch.randn(count, 2, generator=generator)
+        return self._around(torch.randint(len(self.centres), (count,), generator=generator), generator)
+
+    def spread(self, count: int, generator: torch.Generator) -> Tensor:
+        """As `sample`, but equally many of each Gaussian: what samples are compared with."""
+        return self._around(torch.arange(count) % len(self.centres), generator)
+
+    def _around(self, which: Tensor, generator: torch.Generator) -> Tensor:
+        points = self.centres[which] + self.std * torch.randn(len(which), 2, generator=generator)
         return points[:, :, None, None]
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:

@@ -4,8 +4,9 @@
 
 For each seed, one small network is trained on all noise, the root. Out of it grows the tree of three leaves, the lowest eighth of
 the training noise, the highest eighth, and what lies between. The control is the root trained on for as many steps as all nodes of
-the tree together, in one run with the same warm-up and decay. Then come a blend of the tree's first two nodes, the leaves merged into one
-network, and the leaves as low-rank differences from the root.
+the tree together, in one run with the same warm-up and decay. Then come the tree's first two nodes, split hard and blended; the leaves
+merged into one network; experts for the same three ranges trained as DeMe does, straight from the root and with the tree's steps, each
+answering for its range and merged; the leaves cut to a low rank, and such differences trained, with the tree's steps.
 
 Writes table.md, loss.png and samples.png.
 """
@@ -16,26 +17,28 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from toy_data import Mixture, sliced_wasserstein, spiral_of_rings
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toy_data import Mixture, sliced_wasserstein, spiral_of_rings
+from toy_report import draw_losses, draw_samples, table
 
-from t2i_experts.charts import Chart, Marks, Series, draw_chart, draw_grid, palette
 from t2i_experts.diffusion.loss import EDMLoss
 from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.diffusion.samplers import karras_sigmas, sample_heun
 from t2i_experts.experts.blend import RatioBlend
+from t2i_experts.experts.decouple import DecoupleLoss, ProbabilisticInterval
 from t2i_experts.experts.ensemble import ExpertEnsemble
-from t2i_experts.experts.interval import NoiseInterval, complement
+from t2i_experts.experts.interval import NoiseInterval, complement, node_name
 from t2i_experts.experts.lowrank import Decomposition, restore
+from t2i_experts.experts.lowrank_training import add_low_rank, low_rank_difference
 from t2i_experts.experts.merge import merge
 from t2i_experts.experts.merge_search import search_coordinates
 from t2i_experts.experts.plan import COMPLEMENT, ROOT, Node, TreePlan
@@ -44,11 +47,20 @@ from t2i_experts.experts.states import State, count_bytes
 from t2i_experts.nn.embeddings import fourier_features
 from t2i_experts.types import Conditioning, Denoiser, Embedding
 
-BATCH, RATE, WARMUP, DRAWN = 256, 2e-3, 50, 100
-LOW, HIGH = "E^3_0", "E^3_7"
+BATCH, RATE, WARMUP, DRAWN = 256, 1e-2, 50, 100
+EDM_LOSS = EDMLoss()
 SIGMAS = torch.logspace(math.log10(0.005), math.log10(40), 31)
-STEPS = 32  # of the sampler, Heun's
-RANK_SHARE = 0.3  # of an expert's bytes, for its low-rank form
+STEPS, DRAWS = 24, 8192  # of the sampler, Heun's; points that it draws
+CURVES = (
+    "root",
+    "root, trained on",
+    "three experts",
+    "two experts, blended",
+    "decoupled, merged (DeMe)",
+    "low rank, cut",
+    "low rank, trained",
+)
+RANK = 6  # of low-rank experts, whose matrices are 32 x 32
 
 
 class Points(nn.Module):
@@ -58,7 +70,7 @@ class Points(nn.Module):
         super().__init__()
         self.features = features
         sizes = [2 + features, width, width, width, 2]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def project(self, embeddings: Mapping[str, Embedding]) -> dict[str, Tensor]:
         return {"nothing": embeddings["none"].mask}
@@ -80,18 +92,32 @@ def nothing(count: int) -> Conditioning:
 def grow(root_steps: int, steps: int) -> TreePlan:
     """The tree whose leaves are the lowest eighth of p(sigma), the highest, and the rest. Images of a node: its batches' points."""
     everything = NoiseInterval(Fraction(0), Fraction(1))
-    parents: dict[str, str | None] = {"E^1_0": ROOT, "E^2_0": "E^1_0", LOW: "E^2_0", "E^1_1": ROOT, "E^2_3": "E^1_1", HIGH: "E^2_3"}
-    places = {name: NoiseInterval.node(int(name[2]), int(name[4])) for name in parents}
-    (rest,) = complement([places[LOW], places[HIGH]], everything)
-    nodes = [Node(name, interval, parents[name], steps * BATCH) for name, interval in places.items()]
+    places = [(1, 0), (2, 0), (3, 0), (1, 1), (2, 3), (3, 7)]
+    nodes = [
+        Node(node_name(level, i), NoiseInterval.node(level, i), node_name(level - 1, i // 2) if level > 1 else ROOT, steps * BATCH)
+        for level, i in places
+    ]
+    (rest,) = complement([NoiseInterval.node(3, 0), NoiseInterval.node(3, 7)], everything)
     return TreePlan((Node(ROOT, everything, None, root_steps * BATCH), Node(COMPLEMENT, rest, ROOT, 3 * steps * BATCH), *nodes))
 
 
-def train(network: EDMPrecond, data: Mixture, interval: NoiseInterval, steps: int, generator: torch.Generator) -> EDMPrecond:
-    """Trains a copy on one range of noise: AdamW with a fresh state, a short warm-up, then half a cosine down to zero."""
-    network = copy.deepcopy(network).requires_grad_(True)
+def train(
+    network: EDMPrecond,
+    data: Mixture,
+    interval: NoiseInterval | ProbabilisticInterval,
+    steps: int,
+    generator: torch.Generator,
+    loss: EDMLoss | DecoupleLoss = EDM_LOSS,
+    rank: int = 0,
+) -> EDMPrecond:
+    """Trains a copy on some noise: AdamW with a fresh state, a short warm-up, then half a cosine down to zero.
+
+    rank: of the difference that is trained; 0 for all weights.
+    """
+    network, empty = copy.deepcopy(network).requires_grad_(True), nothing(BATCH)
+    if rank:
+        add_low_rank(network, rank)
     optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=0.0, fused=True)
-    loss, empty = EDMLoss(), nothing(BATCH)
     for step in range(steps):
         if step % DRAWN == 0:
             sigmas = interval.sample(DRAWN * BATCH, generator=generator).float().split(BATCH)
@@ -112,7 +138,7 @@ def excess(denoiser: Denoiser, data: Mixture, sigma: Tensor, seed: int) -> float
     generator = torch.Generator().manual_seed(seed)
     noisy = data.sample(len(sigma), generator) + sigma[:, None, None, None] * torch.randn(len(sigma), 2, 1, 1, generator=generator)
     error = (denoiser(noisy, sigma, nothing(len(sigma))) - data.denoise(noisy, sigma)).square().mean(dim=(1, 2, 3))
-    return float((EDMLoss().weight(sigma) * error).mean())
+    return float((EDM_LOSS.weight(sigma) * error).mean())
 
 
 def spread_sigmas(interval: NoiseInterval, count: int) -> Tensor:
@@ -126,11 +152,11 @@ def denoising_loss(denoiser: Denoiser, data: Mixture, seed: int, count: int = 81
     generator = torch.Generator().manual_seed(seed)
     points, eps = data.sample(count, generator), torch.randn(count, 2, 1, 1, generator=generator)
     sigma = spread_sigmas(NoiseInterval(Fraction(0), Fraction(1)), count)
-    return float(EDMLoss()(denoiser, points, sigma, eps, nothing(count)).mean())
+    return float(EDM_LOSS(denoiser, points, sigma, eps, nothing(count)).mean())
 
 
 @torch.no_grad()
-def draw(denoiser: Denoiser, seed: int, count: int = 4096) -> Tensor:
+def draw(denoiser: Denoiser, seed: int, count: int = DRAWS) -> Tensor:
     """(count, 2, 1, 1) points drawn by Heun's sampler."""
     noise = torch.randn(count, 2, 1, 1, generator=torch.Generator().manual_seed(seed))
     return sample_heun(denoiser, 80 * noise, karras_sigmas(STEPS), nothing(count))
@@ -138,11 +164,11 @@ def draw(denoiser: Denoiser, seed: int, count: int = 4096) -> Tensor:
 
 @dataclass
 class Grown:
-    """One seed's networks, as denoisers by name, their bytes, and the merge's weights."""
+    """One seed's networks, as denoisers by name, their bytes, and the weights of merges."""
 
     denoisers: dict[str, Denoiser] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
-    weights: tuple[float, ...] = ()
+    weights: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def add(self, name: str, denoiser: Denoiser, size: int) -> None:
         self.denoisers[name], self.bytes[name] = denoiser, size
@@ -165,121 +191,85 @@ def run(seed: int, data: Mixture, plan: TreePlan, root_steps: int) -> Grown:
     for node in plan.nodes[1:]:
         assert node.parent is not None
         networks[node.name] = train(networks[node.parent], data, node.interval, node.images // BATCH, generator)
-    control = train(root, data, plan.root.interval, sum(node.images // BATCH for node in plan.nodes[1:]), generator)
+    total = sum(node.images // BATCH for node in plan.nodes[1:])
+    control = train(root, data, plan.root.interval, total, generator)
 
     grown, size = Grown(), count_bytes(root.state_dict())
     grown.add("root", root, size)
     grown.add("root, trained on", control, size)
-    grown.add("three experts", route(plan, networks), 3 * size)
+    grown.add("three experts", route(plan, [networks[leaf.name] for leaf in plan.leaves]), 3 * size)
     high, low = networks["E^1_1"], networks["E^1_0"]
     grown.add("two experts, hard split", RatioBlend(high, low, SigmoidRatio(math.inf)), 2 * size)
     grown.add("two experts, blended", RatioBlend(high, low, SigmoidRatio(20.0)), 2 * size)
 
-    root_state, leaves = root.state_dict(), [networks[leaf.name].state_dict() for leaf in plan.leaves]
-    search = search_coordinates(
-        root_state,
-        leaves,
-        loss=lambda state: denoising_loss(loaded(root, state), data, seed=1_000 + seed),
-        held_out=lambda state: denoising_loss(loaded(root, state), data, seed=2_000 + seed),
-    )
-    grown.weights = search.best.weights
-    grown.add("three experts, merged", loaded(root, merge(root_state, leaves, search.best.weights)), size)
+    leaves = [networks[leaf.name] for leaf in plan.leaves]
+    own, weights = merged(root, leaves, data, seed)
+    grown.add("three experts, merged", own, size)
+    grown.weights["merged"] = weights
 
-    differences = [Decomposition(root_state, leaf).within(int(RANK_SHARE * size)) for leaf in leaves]
-    cut = {leaf.name: loaded(root, restore(root_state, d)) for leaf, d in zip(plan.leaves, differences, strict=True)}
-    grown.add("three experts, low rank", route(plan, cut), size + sum(d.bytes for d in differences))
+    each = total // len(leaves)  # the same steps in all, straight from the root
+    near = [train(root, data, ProbabilisticInterval(leaf.interval, 0.3), each, generator, DecoupleLoss(root)) for leaf in plan.leaves]
+    own, weights = merged(root, near, data, seed)
+    grown.add("decoupled, routed", route(plan, near), 3 * size)
+    grown.add("decoupled, merged (DeMe)", own, size)
+    grown.weights["decoupled, merged"] = weights
+
+    small = [train(root, data, leaf.interval, each, generator, rank=RANK) for leaf in plan.leaves]
+    trained = [low_rank_difference(network.state_dict(), root.state_dict()) for network in small]
+    cut = [Decomposition(root.state_dict(), leaf.state_dict()).within(trained[0].bytes) for leaf in leaves]
+    for name, differences in ("low rank, cut", cut), ("low rank, trained", trained):
+        restored = [loaded(root, restore(root.state_dict(), difference)) for difference in differences]
+        grown.add(name, route(plan, restored), size + sum(difference.bytes for difference in differences))
     return grown
 
 
-def route(plan: TreePlan, networks: Mapping[str, EDMPrecond]) -> ExpertEnsemble:
-    """The leaves as one denoiser."""
-    return ExpertEnsemble([(leaf.interval, networks[leaf.name]) for leaf in plan.leaves])
+def merged(root: EDMPrecond, experts: Sequence[EDMPrecond], data: Mixture, seed: int) -> tuple[EDMPrecond, tuple[float, ...]]:
+    """One network out of several, with weights searched for by the plain loss, and these weights."""
+
+    def loss(split: int) -> Callable[[State], float]:
+        return lambda state: denoising_loss(loaded(root, state), data, seed=split + seed)
+
+    states = [expert.state_dict() for expert in experts]
+    search = search_coordinates(root.state_dict(), states, loss(1_000), loss(2_000))
+    return loaded(root, merge(root.state_dict(), states, search.best.weights)), search.best.weights
+
+
+def route(plan: TreePlan, networks: Sequence[EDMPrecond]) -> ExpertEnsemble:
+    """Networks for the leaves' ranges of noise as one denoiser."""
+    return ExpertEnsemble([(leaf.interval, network) for leaf, network in zip(plan.leaves, networks, strict=True)])
 
 
 def measure(grown: Grown, data: Mixture, plan: TreePlan, seed: int) -> dict[str, dict[str, float]]:
     """For each denoiser: the excess loss over all noise and inside each leaf's range, and the distance of its samples."""
     ranges = {"all noise": plan.root.interval, **{leaf.name: leaf.interval for leaf in plan.leaves}}
-    fresh = data.sample(4096, torch.Generator().manual_seed(3_000 + seed))
+    fresh = data.spread(DRAWS, torch.Generator().manual_seed(3_000 + seed))
     rows = {}
     for name, denoiser in grown.denoisers.items():
         rows[name] = {where: excess(denoiser, data, spread_sigmas(i, 8192), 4_000 + seed) for where, i in ranges.items()}
         rows[name]["distance"] = sliced_wasserstein(draw(denoiser, 5_000 + seed), fresh)
-    rows["fresh points"] = {"distance": sliced_wasserstein(data.sample(4096, torch.Generator().manual_seed(6_000 + seed)), fresh)}
+    rows["fresh points"] = {"distance": sliced_wasserstein(data.sample(DRAWS, torch.Generator().manual_seed(6_000 + seed)), fresh)}
     return rows
 
 
-def mean_and_error(values: list[float], scale: float = 1.0) -> str:
-    """Mean and standard error over seeds."""
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan
-    return f"{scale * np.mean(values):.2f} ± {scale * error:.2f}"
-
-
-def table(rows: list[dict[str, dict[str, float]]], grown: list[Grown]) -> str:
-    """The means over seeds as Markdown."""
-    columns = ["all noise", LOW, COMPLEMENT, HIGH, "distance"]
-    lines = [
-        "| denoiser | bytes | excess loss x 1000, all noise | lowest eighth | between | highest eighth | samples' distance x 1000 |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name in rows[0]:
-        cells = [mean_and_error([row[name][c] for row in rows], 1000) if c in rows[0][name] else "" for c in columns]
-        lines.append(f"| {name} | {grown[0].bytes[name]:,} | " + " | ".join(cells) + " |" if name in grown[0].bytes else f"| {name} | | " + " | ".join(cells) + " |")
-    weights = "; ".join("(" + ", ".join(f"{w:.3g}" for w in one.weights) + ")" for one in grown)
-    return "\n".join([*lines, "", f"Weights of the merges, from low noise to high: {weights}.", ""])
-
-
-def draw_losses(grown: list[Grown], data: Mixture, plan: TreePlan) -> Image.Image:
-    """The excess loss over the noise, means over seeds."""
-    names = [name for name in grown[0].denoisers if name != "two experts, hard split"]
-    series = [
-        Series(name, [(float(s), float(np.mean([excess(g.denoisers[name], data, s.expand(4096), 7) for g in grown]))) for s in SIGMAS], colour)
-        for name, colour in zip(names, palette(len(names)), strict=True)
-    ]
-    edges = [leaf.interval.sigma_hi for leaf in plan.leaves[:-1]]
-    return draw_chart(
-        Chart(
-            "Loss above the ideal denoiser's, by noise",
-            "sigma",
-            "lambda(sigma) |D - ideal|^2",
-            series,
-            [Marks("edges of the leaves", edges, "#999999")],
-            log=True,
-            log_x=True,
-            better=(0, -1),
-            subtitle=f"Points on rings on a spiral; means over {len(grown)} seeds.",
-        ),
-        height=520,
-    )
-
-
-def draw_samples(grown: Grown, data: Mixture) -> Image.Image:
-    """Where the points of data and of each denoiser lie."""
-
-    def picture(points: Tensor) -> Image.Image:
-        counts, _, _ = np.histogram2d(*points[:, :, 0, 0].numpy().T, bins=220, range=[[-1.2, 1.2]] * 2)
-        return Image.fromarray((255 * np.exp(-0.7 * counts)).astype(np.uint8))
-
-    points = {"data": data.sample(4096, torch.Generator().manual_seed(8))}
-    points |= {name: draw(denoiser, 5_000) for name, denoiser in grown.denoisers.items()}
-    names = list(points)
-    rows = [names[:4], names[4:]]
-    halves = [draw_grid([[picture(points[name]) for name in row]], [""], row, cell=240) for row in rows]
-    sheet = Image.new("RGB", (halves[0].width, sum(half.height for half in halves)), "white")
-    for half, y in zip(halves, (0, halves[0].height), strict=True):
-        sheet.paste(half, (0, y))
-    return sheet.crop((160, 0, *sheet.size))
+def curve(grown: Sequence[Grown], name: str, data: Mixture) -> list[tuple[float, float]]:
+    """The excess loss over sigma, means over seeds."""
+    means = [np.mean([excess(one.denoisers[name], data, sigma.expand(4096), 7) for one in grown]) for sigma in SIGMAS]
+    return [(float(sigma), float(mean)) for sigma, mean in zip(SIGMAS, means, strict=True)]
 
 
 def main() -> None:
     """Reads the command line, trains, measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/experiments/toy"))
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=400, help="of each node of the tree")
-    parser.add_argument("--root-steps", type=int, default=3000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=300, help="of each node of the tree but the complement, which has three times as many")
+    parser.add_argument("--root-steps", type=int, default=6000)
     arguments = parser.parse_args()
     began, data, plan = time.monotonic(), spiral_of_rings(), grow(arguments.root_steps, arguments.steps)
-    timed: Callable[[str], None] = lambda what: print(f"{time.monotonic() - began:5.0f} s  {what}", flush=True)  # noqa: E731
+
+    def timed(what: str) -> None:
+        print(f"{time.monotonic() - began:5.0f} s  {what}", flush=True)
+
     grown, rows = [], []
     for seed in range(arguments.seeds):
         grown.append(run(seed, data, plan, arguments.root_steps))
@@ -287,10 +277,13 @@ def main() -> None:
         rows.append(measure(grown[-1], data, plan, seed))
         timed(f"seed {seed} measured")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    text = table(rows, grown)
+    weights = {name: [one.weights[name] for one in grown] for name in grown[0].weights}
+    text = table(rows, ["all noise", *(leaf.name for leaf in plan.leaves)], grown[0].bytes, weights)
     (arguments.out / "table.md").write_text(text, encoding="utf-8")
-    draw_losses(grown, data, plan).save(arguments.out / "loss.png")
-    draw_samples(grown[0], data).save(arguments.out / "samples.png")
+    edges = [leaf.interval.sigma_hi for leaf in plan.leaves[:-1]]
+    draw_losses({name: curve(grown, name, data) for name in CURVES}, edges, len(grown)).save(arguments.out / "loss.png")
+    points = {name: draw(denoiser, 5_000) for name, denoiser in grown[0].denoisers.items() if name in CURVES}
+    draw_samples({"data": data.sample(DRAWS, torch.Generator().manual_seed(8)), **points}).save(arguments.out / "samples.png")
     timed(f"wrote {arguments.out}")
     print(text)
 
