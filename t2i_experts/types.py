@@ -122,12 +122,14 @@ class Conditioning:
     `projected` holds what a network has computed from the embeddings alone (see `EDMPrecond.prepare`), so that it is computed
     once a prompt and not once a step. Every tensor has the batch as its first dimension.
 
-    `rows` and `under` give the same object whenever the same is asked for, so that whoever has taken it in once knows it again.
+    each_for_itself: the networks of an ensemble have each its own projections, which are kept with this object (`once`) instead of in
+    `projected`. `rows` of the same range are the same object every time, so that whoever has taken it in once knows it again.
     """
 
     embeddings: Mapping[str, Embedding]
     projected: Mapping[str, Tensor] = field(default_factory=dict)
-    _parts: dict[Hashable, Conditioning] = field(default_factory=dict, init=False, repr=False)
+    each_for_itself: bool = False
+    _made: dict[Hashable, Conditioning] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def batch(self) -> int:
@@ -144,27 +146,20 @@ class Conditioning:
         return Conditioning(
             {name: embedding(e) for name, e in self.embeddings.items()},
             {name: function(t) for name, t in self.projected.items()},
+            self.each_for_itself,
         )
 
     def rows(self, start: int, stop: int) -> Conditioning:
         """The rows [start, stop), as views."""
-        return self._part((start, stop), lambda: self.map(lambda tensor: tensor[start:stop]))
-
-    def under(self, name: str) -> Conditioning:
-        """Of `projected` what is called `name/...`, without these words: the projections that belong to one of several networks."""
-
-        def own() -> Conditioning:
-            prefix = f"{name}/"
-            return Conditioning(self.embeddings, {k.removeprefix(prefix): t for k, t in self.projected.items() if k.startswith(prefix)})
-
-        return self._part(name, own)
+        return self.once((start, stop), lambda: self.map(lambda tensor: tensor[start:stop]))
 
     def expand(self, batch: int) -> Conditioning:
         """A batch of one row repeated `batch` times, without copying."""
         return self.map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
 
-    def _part(self, key: Hashable, make: Callable[[], Conditioning]) -> Conditioning:
-        return self._parts.get(key) or self._parts.setdefault(key, make())
+    def once(self, key: Hashable, make: Callable[[], Conditioning]) -> Conditioning:
+        """What `make` gives: made when it is first asked for under this key, and kept with this object, the same one every time."""
+        return self._made.get(key) or self._made.setdefault(key, make())
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -100,3 +102,13 @@ def test_rows_and_expand_are_views_of_everything() -> None:
 def test_only_one_row_can_be_expanded() -> None:
     with pytest.raises(RuntimeError, match="expand"):
         conditioning(2).expand(4)
+
+
+def test_what_was_asked_for_before_is_the_same_object() -> None:
+    c = conditioning(3)
+    assert c.rows(0, 2) is c.rows(0, 2) is not c.rows(0, 3)
+    made = [c.once("a", lambda: conditioning(1)) for _ in range(2)]
+    assert made[0] is made[1] is not c.once("b", lambda: conditioning(1))
+    assert c.rows(0, 2).once("a", lambda: conditioning(1)) is not made[0]
+    assert replace(c).rows(0, 2) is not c.rows(0, 2), "another conditioning, which knows nothing of it"
+    assert replace(c, each_for_itself=True).rows(0, 1).expand(2).each_for_itself and not c.rows(0, 1).each_for_itself

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from t2i_experts.cascade.files import naming, read_json, write_json
-from t2i_experts.cascade.weights import WEIGHTS, load_network, read_about, write_weights
+from t2i_experts.cascade.weights import WEIGHTS, digest, load_network, read_about, read_weights, write_weights
 from t2i_experts.config import EncoderConfig, NoiseConfig, StageConfig, check_node_name, check_stage, differences, from_plain, to_plain
 from t2i_experts.diffusion.noise import LogNormalSigma
 from t2i_experts.experts.ensemble import ExpertEnsemble
@@ -75,8 +75,8 @@ def save_experts(
         raise ValueError(f"experts that answer for no noise: {', '.join(sorted(idle))}")
     for name, expert in experts.items():
         check_node_name(name, EXPERTS)
+        refuse_stranger(expert.config, stage, name)
         config = _beside(stage, expert.config)
-        refuse_stranger(config, stage, name)
         own = folder / EXPERTS / name
         own.mkdir(parents=True)
         about = {"node": name, "quantiles": " to ".join(_quantiles(trained_on(config.noise)))}
@@ -114,15 +114,20 @@ def load_experts(
         networks[name], digests[name] = load_network(config, path.with_name(WEIGHTS), device, dtype)
         with naming(path.with_name(WEIGHTS)):
             _refuse_mistaken(read_about(path.with_name(WEIGHTS)), name, trained_on(config.noise))
-    lines = (f"{leaf.interval.u_lo} {leaf.interval.u_hi} {digests[leaf.expert]}\n" for leaf in leaves)
-    return _ensemble(leaves, networks), hashlib.sha256("".join(lines).encode()).hexdigest()
+    return _ensemble(leaves, networks), _digest(leaves, digests)
+
+
+def digest_of_experts(folder: Path, leaves: Sequence[Leaf]) -> str:
+    """The fingerprint that `load_experts` gives, without building the networks."""
+    files = {leaf.expert: folder / EXPERTS / leaf.expert / WEIGHTS for leaf in leaves}
+    return _digest(leaves, {name: digest(read_weights(path)) for name, path in files.items()})
 
 
 def refuse_stranger(config: StageConfig, stage: StageConfig, name: str) -> None:
     """Raises ValueError, which names the values, for an expert that differs from its stage in more than the network, its part of the noise,
-    and how often training drops encoders."""
+    how often training drops encoders, and where the files of encoders and codec are."""
     alike = replace(
-        config,
+        config := _beside(stage, config),
         network=stage.network,
         noise=replace(config.noise, quantiles=stage.noise.quantiles),
         encoders={key: _as_dropped(encoder, stage.encoders.get(key)) for key, encoder in config.encoders.items()},
@@ -142,6 +147,11 @@ def _ensemble(leaves: Sequence[Leaf], networks: Mapping[str, Denoiser]) -> Exper
     if missing := [leaf.expert for leaf in leaves if leaf.expert not in networks]:
         raise ValueError(f"no weights of the expert {missing[0]}; there are those of {', '.join(networks) or 'none'}")
     return ExpertEnsemble([(leaf.interval, networks[leaf.expert]) for leaf in leaves])
+
+
+def _digest(leaves: Sequence[Leaf], digests: Mapping[str, str]) -> str:
+    lines = (f"{leaf.interval.u_lo} {leaf.interval.u_hi} {digests[leaf.expert]}\n" for leaf in leaves)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _quantiles(interval: NoiseInterval) -> list[str]:

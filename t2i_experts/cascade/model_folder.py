@@ -242,5 +242,5 @@ def read_configs(folder: Path) -> tuple[StageConfig, SamplingConfig, tuple[Leaf,
         sampling: SamplingConfig = from_plain(SamplingConfig, samplings[name])
         check_sampling(sampling, prefix=f"sampling.{name}.")
         check_threshold(sampling.threshold, config.codec, prefix=f"sampling.{name}.")
-        check_leaves(sampling, {leaf.name: leaf.interval for leaf in leaves}, prefix=f"sampling.{name}.")
+        check_leaves(sampling, {leaf.name: leaf.interval for leaf in leaves}, prefix=f"sampling.{name}.experts.")
     return config, sampling, leaves

@@ -19,7 +19,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     _remove(_leftovers(folder, "tmp"))
     temporary.mkdir(parents=True)
-    yield temporary
+    try:
+        yield temporary
+    except BaseException:
+        _remove([temporary])
+        raise
     for path in (*temporary.rglob("*"), temporary):
         flush(path)
     if folder.exists():

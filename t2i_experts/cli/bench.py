@@ -163,6 +163,24 @@ def denoiser(
     tell(bench_denoiser(network, batch, bench_device(device), eager=eager, repeats=repeats), as_json)
 
 
+@app.command()
+def experts(
+    network: Network = "100m",
+    batch: Annotated[list[int], typer.Option(help="Images a sampling; may be given several times.")] = [1, 16],  # noqa: B006
+    steps: Annotated[int, typer.Option(help="Steps of DPM-Solver++(2M).")] = 25,
+    eager: Eager = False,
+    repeats: Repeats = 20,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Sampling with an ensemble of three experts, all on the device, beside a single network of their size."""
+    from t2i_experts.bench.experts import bench_experts
+    from t2i_experts.bench.machine import bench_device
+
+    say_what_takes_long(eager)
+    tell(bench_experts(network, batch, bench_device(device), steps=steps, eager=eager, repeats=repeats), as_json)
+
+
 @app.command("compile")
 def compile_(
     what: Annotated[str, typer.Option(help="step: forward and backward pass of training; evaluation: as in sampling.")] = "step",

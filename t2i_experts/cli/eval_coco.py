@@ -177,11 +177,13 @@ def coco(
 
 def _lines(record: Mapping[str, Any]) -> list[str]:
     """For people: the prompts, the model, how pictures are looked at, and the numbers or what they would cost."""
+    from t2i_experts.evaluation.records import steps_in_all
+
     prompts, reference, made, decided = record["prompts"], record.get("reference"), record["features"], record["decided_by"]
     sampling, model = decided["sampling"], record["model"]
     lines = [
         shown_prompts(prompts),
-        f"model {model['source']}, fingerprint {model['fingerprint']}: {sampling['sampler']}, {sampling['steps']} steps, "
+        f"model {model['source']}, fingerprint {model['fingerprint']}: {sampling['sampler']}, {steps_in_all(sampling)} steps, "
         f"guidance {sampling['guidance']:g}, seed {decided['seed']}, {decided['dtype']} on {decided['device']}",
         f"seen at {decided['resolution']} px: {decided['square']}",
     ]

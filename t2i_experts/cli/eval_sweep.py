@@ -279,7 +279,7 @@ def _costs(evaluations: Sequence[Evaluation], points: Sequence[Point], processes
     for evaluation, point in zip(evaluations, points, strict=True):
         if point.done:
             continue
-        alike = (point.sampling.sampler, point.sampling.steps, point.sampling.guidance == 1)
+        alike = (point.sampling.sampler, point.steps, point.sampling.guidance == 1)
         if alike not in tried:
             tried[alike] = rehearse(evaluation.drawing, evaluation.networks, processes, evaluation.originals, list(evaluation.names))
         found[point.folder] = tried[alike]
@@ -294,7 +294,7 @@ def _estimate(points: Sequence[Point], costs: Mapping[Path, Mapping[str, Any]], 
         takes = 0.0 if cost is None else cost["seconds_a_picture"] * point.pictures / processes
         if cost is not None and not disk:
             seconds += cost["seconds_a_reference"] * point.references / processes
-        sampling = {name: getattr(point.sampling, name) for name in ("sampler", "steps", "guidance")}
+        sampling = {"sampler": point.sampling.sampler, "steps": point.steps, "guidance": point.sampling.guidance}
         listed.append({"model": point.source, **sampling, "exists": point.done, "pictures": point.pictures, "seconds": round(takes, 1)})
         seconds += takes
         disk += 0 if cost is None else cost["memory"]["parts_bytes_on_disk"]

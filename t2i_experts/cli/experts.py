@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from t2i_experts.cli.importing import without_collecting
 from t2i_experts.cli.options import Config, Json, Overrides, group
 
 if TYPE_CHECKING:
@@ -14,33 +17,92 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from t2i_experts.cascade.assembly import Assembly
     from t2i_experts.experts.plan import Node, TreePlan
 
-app = group("experts", "Experts for ranges of noise: show the tree that will be trained.")
-
-
-@app.callback()
-def _experts() -> None:
-    """A group, though it has but one command."""
+app = group("experts", "Experts for ranges of noise: show the tree that will be trained, and make one model of its networks.")
 
 
 @app.command()
 def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Show every node that will be trained: its noise, its share of the training and of the sampling, its parent, its images.
 
-    A node's images are those of its own run, from its parent's weights. The steps are levels of the config's sampling schedule.
+    A node's images are those of its own run, from its parent's weights. The steps are levels of the config's sampling schedule, with those
+    that experts have of their own.
     """
     from t2i_experts.config import load_config
-    from t2i_experts.diffusion.samplers import karras_sigmas
     from t2i_experts.experts.plan import TreePlan
+    from t2i_experts.experts.sampling import schedule
 
     resolved = load_config(config, overrides or [])
-    tree, sampling = TreePlan.from_config(resolved), resolved.sampling
-    sigmas = karras_sigmas(sampling.steps, sampling.sigma_min, sampling.sigma_max, sampling.rho)
+    tree = TreePlan.from_config(resolved)
+    sigmas = schedule(resolved.sampling, {leaf.name: leaf.interval for leaf in tree.leaves})
     if as_json:
         typer.echo(json.dumps(_document(tree, sigmas), ensure_ascii=False))
         return
     typer.echo("\n".join(_lines(tree, sigmas)))
+
+
+@app.command()
+def assemble(
+    config: Config,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The model folder to write; default: ensemble in the config's output.", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16: of the weights on the disk; default: as they are.", show_default=False)
+    ] = None,
+    early: Annotated[bool, typer.Option("--early", help="Also take nodes that are still to see some of their images.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make one model folder of a root and the nodes that are trained so far.
+
+    For a leaf that is not trained, its nearest ancestor that is answers, in the worst case the root. Run it again when more is trained.
+    """
+    from t2i_experts.cli.drawing import check_dtype
+    from t2i_experts.config import load_config
+
+    check_dtype(dtype)
+    resolved = load_config(config, overrides or [])
+
+    with without_collecting():
+        import torch
+
+        from t2i_experts.cascade.assembly import ENSEMBLE, gather, refuse_other_folder, write_assembly
+
+    folder = Path(resolved.output) / ENSEMBLE if out is None else out
+    refuse_other_folder(folder)
+    assembly = gather(resolved, early=early)
+    fingerprint = write_assembly(assembly, resolved, folder, getattr(torch, dtype) if dtype else None)
+    document = {"folder": str(folder), "fingerprint": fingerprint, "leaves": _answers(assembly)}
+    typer.echo(json.dumps(document, ensure_ascii=False) if as_json else "\n".join(_answer_lines(document)))
+
+
+def _answers(assembly: Assembly) -> list[dict[str, Any]]:
+    """Who answers for each leaf. why: the leaf itself does not."""
+    from t2i_experts.config import to_plain
+
+    return [
+        {
+            "leaf": one.leaf.name,
+            "sigma": to_plain([one.leaf.interval.sigma_lo, one.leaf.interval.sigma_hi]),
+            "quantiles": [str(one.leaf.interval.u_lo), str(one.leaf.interval.u_hi)],
+            "expert": one.expert.name,
+            "images_seen": assembly.experts[one.expert.name].images_seen,
+            "why": assembly.missing.get(one.leaf.name),
+        }
+        for one in assembly.covered
+    ]
+
+
+def _answer_lines(document: dict[str, Any]) -> list[str]:
+    rows = [["leaf", "sigma", "expert", "images seen"]]
+    for one in document["leaves"]:
+        lo, hi = map(float, one["sigma"])
+        rows.append([one["leaf"], f"{lo:.4g} .. {hi:.4g}", one["expert"], f"{one['images_seen']:,}"])
+    stand_ins = [f"{one['expert']} stands in for {one['leaf']}: {one['why']}" for one in document["leaves"] if one["why"]]
+    return [*_columns(rows, left={0, 2}), "", *stand_ins, f"{document['folder']}, fingerprint {document['fingerprint']}"]
 
 
 def _document(tree: TreePlan, sigmas: Tensor) -> dict[str, Any]:
@@ -82,14 +144,17 @@ def _lines(tree: TreePlan, sigmas: Tensor) -> list[str]:
                 f"{node.images:,}",
             ]
         )
+    leaves, images = len(tree.leaves), sum(node.images for node in tree.nodes)
+    return [*_columns(rows, left={0, 5}), "", f"* the ensemble: {leaves} of {len(tree.nodes)} nodes; {images:,} images in all"]
+
+
+def _columns(rows: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
+    """Rows of a table; left: the columns that are not flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = {0, 5}
-    table = [
-        "  ".join(cell.ljust(n) if i in left else cell.rjust(n) for i, (cell, n) in enumerate(zip(row, widths, strict=True)))
+    return [
+        "  ".join(cell.ljust(n) if i in left else cell.rjust(n) for i, (cell, n) in enumerate(zip(row, widths, strict=True))).rstrip()
         for row in rows
     ]
-    leaves, images = len(tree.leaves), sum(node.images for node in tree.nodes)
-    return [*table, "", f"* the ensemble: {leaves} of {len(tree.nodes)} nodes; {images:,} images in all"]
 
 
 def _quantile(u: Fraction) -> str:

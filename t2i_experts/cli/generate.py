@@ -40,6 +40,14 @@ def generate(
     height: Annotated[int | None, typer.Option(help="In pixels, with --width: one of the model's buckets, or an error.")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
+    expert: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LEAF:guidance=G,steps=N",
+            help="Of one expert of an ensemble, such as E^9_511:guidance=7,steps=6; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     sampler: Sampler = None,
     threshold: Threshold = None,
     batch_size: BatchSize = 8,
@@ -60,7 +68,7 @@ def generate(
         _refuse_no_file("--style", style, "a picture")
     jobs = [(text, copy) for text in texts for copy in range(num)]
     paths = picture_paths([text for text, _ in jobs], out, seed)
-    given = given_sampling(steps=steps, guidance=guidance, sampler=sampler, threshold=threshold)
+    given = given_sampling(steps=steps, guidance=guidance, sampler=sampler, threshold=threshold, experts=expert or ())
 
     with without_collecting():  # torch, which takes seconds: what can be wrong without it has been checked
         from t2i_experts.cascade.picture import read_image, save_png, to_pil
@@ -79,7 +87,7 @@ def generate(
     warn_of_unknown_characters(pipeline, [text for text in read if text.strip()])
     make_folder(paths[0].parent)
     pictures: list[dict[str, Any]] = []
-    with _progress_bar(-(-len(jobs) // batch_size) * settings.steps, disable=as_json) as bar:
+    with _progress_bar(-(-len(jobs) // batch_size) * pipeline.base.steps(settings), disable=as_json) as bar:
         for start in range(0, len(jobs), batch_size):
             batch = range(start, min(start + batch_size, len(jobs)))
             images = pipeline(
@@ -201,7 +209,8 @@ def picture_shape(model: str | None, size: int | None, width: int | None, height
 
 def refuse_what_would_be_ignored(pipeline: CascadePipeline, settings: SamplingConfig, negative: str, style: Path | None) -> None:
     """Raises ValueError for an option that would not change the picture, or cannot."""
-    if negative.strip() and settings.guidance == 1:
+    scales = {settings.guidance, *(one.guidance for one in settings.experts.values() if one.guidance is not None)}
+    if negative.strip() and scales == {1}:
         raise ValueError(f"--negative={negative!r} has no effect with guidance 1; give --guidance another value, such as 4")
     if style is not None and all(encoder.reads != "image" for encoder in pipeline.model.conditioner.encoders.values()):
         raise ValueError(

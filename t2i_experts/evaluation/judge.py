@@ -184,10 +184,12 @@ class Judge:
     scenes: frozenset[str] = frozenset()
 
     def check_independent(self, provenance: Mapping[str, Any]) -> None:
-        """Raises ValueError if a model's provenance names shards of this judge's own training, which the model may repeat."""
-        if provenance.get("dataset_hash") in self.scenes:
+        """Raises ValueError if a model's provenance, or an expert's in it, names shards of this judge's own training, which the model may
+        repeat."""
+        hashes = {one.get("dataset_hash") for one in (provenance, *provenance.get("experts", {}).values())}
+        if shared := sorted(hashes & set(self.scenes)):
             raise ValueError(
-                f"judge: it was trained on the very scenes that the model was trained on (dataset hash {provenance['dataset_hash']}); "
+                f"judge: it was trained on the very scenes that the model was trained on (dataset hash {shared[0]}); "
                 "train it on scenes of another seed, as scripts/judge.sh does"
             )
 

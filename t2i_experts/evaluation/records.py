@@ -34,6 +34,11 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tup
     return [(name, one.get(name), other.get(name)) for name in dict.fromkeys([*one, *other]) if one.get(name) != other.get(name)]
 
 
+def steps_in_all(sampling: Mapping[str, Any]) -> int:
+    """The steps of a record's `sampling`: those that all experts make, where some have steps of their own."""
+    return int(sampling.get("steps_in_all", sampling["steps"]))
+
+
 def in_words(found: list[tuple[str, Any, Any]], where: tuple[str, str] = ("there", "here")) -> str:
     """The first few differences: `seed is 0 there and 1 here`."""
     shown = [f"{name} is {first!r} {where[0]} and {second!r} {where[1]}" for name, first, second in found[:3]]

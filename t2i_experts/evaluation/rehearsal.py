@@ -28,7 +28,7 @@ def rehearse(drawing: Drawing, networks: Networks, processes: int, originals: Or
         torch.cuda.reset_peak_memory_stats(device)
     count = len(drawing.prompts.prompts)
     indices = range(min(drawing.batch_size, count))
-    steps = drawing.sampling.steps
+    steps = drawing.pipeline.base.steps(drawing.sampling)
     _seconds_to_draw(drawing, networks, indices, min(_FEW, steps))  # what is loaded, compiled or recorded only once
     if steps <= _MORE:
         batch_seconds, how = _seconds_to_draw(drawing, networks, indices, steps), f"all {steps} steps"
@@ -36,7 +36,7 @@ def rehearse(drawing: Drawing, networks: Networks, processes: int, originals: Or
         few, more = (_seconds_to_draw(drawing, networks, indices, n) for n in (_FEW, _MORE))
         batch_seconds = few + max(more - few, 0.0) * (steps - _FEW) / (_MORE - _FEW)
         how = f"{_FEW} and {_MORE} of {steps} steps, drawn on in a straight line"
-    short = replace(drawing, sampling=replace(drawing.sampling, steps=min(_FEW, steps)))
+    short = replace(drawing, sampling=drawing.sampling.for_all(steps=min(_FEW, steps)))
     squares = torch.stack(list(short.squares(indices, networks.resolution)))
     captions = [drawing.prompts.texts[i] for i in indices]
     labels = [f"picture {i}" for i in indices]
@@ -74,7 +74,7 @@ def rehearse(drawing: Drawing, networks: Networks, processes: int, originals: Or
 
 
 def _seconds_to_draw(drawing: Drawing, networks: Networks, indices: range, steps: int) -> float:
-    short = replace(drawing, sampling=replace(drawing.sampling, steps=steps))
+    short = replace(drawing, sampling=drawing.sampling.for_all(steps=steps))
     started = time.perf_counter()
     for _ in short.squares(indices, networks.resolution):
         pass

@@ -19,7 +19,7 @@ from t2i_experts.evaluation.coco import IDS, REFERENCE, RESULT, Evaluation, Unre
 from t2i_experts.evaluation.processes import Processes
 from t2i_experts.evaluation.prompts import PromptList
 from t2i_experts.evaluation.protocol import MeasuredSet, Progress
-from t2i_experts.evaluation.records import differences, in_words, made_by, read_json, write_json
+from t2i_experts.evaluation.records import differences, in_words, made_by, read_json, steps_in_all, write_json
 from t2i_experts.evaluation.seeing import Drawing
 
 Bar = Callable[[str], AbstractContextManager[Progress]]
@@ -40,12 +40,13 @@ class Setting:
 class Point:
     """What is known of a point before it is measured. model: the fingerprint of its weights. done: whether its numbers are there already.
 
-    pictures, references: that are still to be drawn and to be read, if nothing else does it before.
+    steps: those of all experts. pictures, references: that are still to be drawn and to be read, if nothing else does it before.
     """
 
     model: str
     source: str
     sampling: SamplingConfig
+    steps: int
     folder: Path
     done: bool
     pictures: int
@@ -54,7 +55,7 @@ class Point:
     @property
     def name(self) -> str:
         """In words, without the model."""
-        return f"{self.sampling.sampler}, {self.sampling.steps} steps, guidance {self.sampling.guidance:g}"
+        return f"{self.sampling.sampler}, {self.steps} steps, guidance {self.sampling.guidance:g}"
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,8 @@ class Sweep:
         for one in self.settings:
             sampling = pipeline.settings(sampler=one.sampler, steps=one.steps, guidance=one.guidance, threshold=self.threshold)
             check_threshold(sampling.threshold, pipeline.base.config.codec, "--")
-            folder = (
-                self.out / POINTS / pipeline.model.fingerprint / f"{sampling.sampler}-{sampling.steps}-guidance{sampling.guidance:.12g}"
-            )
+            steps = pipeline.base.steps(sampling)
+            folder = self.out / POINTS / pipeline.model.fingerprint / f"{sampling.sampler}-{steps}-guidance{sampling.guidance:.12g}"
             found.append(replace(self.made(self.drawing(pipeline, sampling), folder), shared=self.out))
         return found
 
@@ -122,7 +122,8 @@ class Sweep:
         done = result is not None and all(name in result for name in _wanted(evaluation))
         pictures, references = (0, 0) if done else evaluation.remaining()
         model = evaluation.drawing.facts["model"]
-        return Point(model["fingerprint"], model["source"], evaluation.drawing.sampling, evaluation.out, done, pictures, references)
+        sampling, stage = evaluation.drawing.sampling, evaluation.drawing.pipeline.base
+        return Point(model["fingerprint"], model["source"], sampling, stage.steps(sampling), evaluation.out, done, pictures, references)
 
 
 def refuse_twins(plans: Sequence[Sequence[Point]]) -> None:
@@ -229,7 +230,7 @@ def _plain_point(folder: Path, model: str, result: Mapping[str, Any]) -> dict[st
     numbers = {name: result[name] for name in ("distance", "infinity", "kid", "precision_recall") if name in result}
     return {
         "model": model,
-        "sampling": result["decided_by"]["sampling"],
+        "sampling": {**(sampling := result["decided_by"]["sampling"]), "steps": steps_in_all(sampling)},
         **numbers,
         "scores": result["scores"],
         "seconds_a_picture": round(generated["seconds"] / generated["count"], 6),

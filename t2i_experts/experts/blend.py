@@ -21,7 +21,7 @@ class RatioBlend(nn.Module):
     An `nn.Module`, whose parameters are those of experts and ratio that are modules themselves: all of it trains under `EDMLoss`.
 
     Args:
-        high, low: the experts for high and low noise. Their `prepare`, where they have one, must be of their `Conditioning` alone.
+        high, low: the experts for high and low noise.
         ratio: see `Ratio`.
         saturation: r at most this far from 0 or 1 counts as 0 or 1 and costs one evaluation of the one expert. The other one, and the
             ratio, then get no gradients there; 0 leaves out an expert only where r is exactly 0 or 1.
@@ -39,19 +39,20 @@ class RatioBlend(nn.Module):
         self.saturation = saturation
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
-        """The conditioning with the projections of both experts, under the names of each: once a prompt, not once a step."""
-        if conditioning.projected:
-            return conditioning
-        projected = {
-            f"{name}/{key}": tensor
-            for name, expert in (("high", self.high), ("low", self.low))
-            for key, tensor in prepare(expert, conditioning).projected.items()
-        }
-        return replace(conditioning, projected=projected)
+        """The conditioning, with which each expert's projections will be kept from its first evaluation on: for many calls with one prompt.
+
+        Raises ValueError for a conditioning that another denoiser has prepared.
+        """
+        _refuse_prepared(conditioning)
+        return conditioning if conditioning.each_for_itself else replace(conditioning, each_for_itself=True)
 
     def forward(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """x: (B, C, H, W); sigma: 0-d, which on the CPU chooses without a copy from the device, or (B,), where rows that need one expert
-        cost that one; conditioning: of B rows, prepared or not. Returns (B, C, H, W) float32."""
+        cost that one; conditioning: of B rows, prepared or not. Returns (B, C, H, W) float32.
+
+        Raises ValueError for a conditioning that another denoiser has prepared.
+        """
+        _refuse_prepared(conditioning)
         r = self.saturated(sigma)
         if sigma.ndim == 0:
             return self._together(x, sigma, r, conditioning)
@@ -92,4 +93,11 @@ class RatioBlend(nn.Module):
     def _expert(self, name: str, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """One expert's answer, with its own projections of the conditioning."""
         expert: Denoiser = getattr(self, name)
-        return expert(x, sigma, conditioning.under(name) if conditioning.projected else conditioning)
+        if conditioning.each_for_itself:
+            conditioning = conditioning.once((self, name), lambda: prepare(expert, Conditioning(conditioning.embeddings)))
+        return expert(x, sigma, conditioning)
+
+
+def _refuse_prepared(conditioning: Conditioning) -> None:
+    if conditioning.projected:
+        raise ValueError("the conditioning holds the projections of a single network; the experts of a blend each need their own")

@@ -2,7 +2,7 @@
 
 Complexity-Balanced Splitting (2606.06477) lays the boundaries by de Boor's equidistribution of a monitor, the acceleration of the sampling
 trajectory or the Dirichlet energy of the model, which a small model estimates. Norms, scales and parametrisation of the paper were not
-at hand; what is here is chosen. Both monitors are those of the straight path x_tau = (1 - tau) y + tau sigma_data eps of flow matching, with
+at hand; what is here is chosen. Both monitors are of the straight path x_tau = (1 - tau) y + tau sigma_data eps of flow matching, with
 tau = sigma / (sigma + sigma_data) and x_tau = (1 - tau) x; its velocity is v = sigma_data (x - D) / sigma - D.
 
     acceleration   |dv/dtau| dtau = (1 + sigma_data / sigma) |dD|   along the trajectory: zero while the denoised image stays what it is

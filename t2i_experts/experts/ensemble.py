@@ -39,15 +39,18 @@ class ExpertEnsemble:
         """Who answers, each once, in the order of the lowest noise that it answers for."""
         places = {id(denoiser): place for place, denoiser in enumerate(self.networks)}
         self._edges = [interval.sigma_hi for interval, _ in self.experts[:-1]]
+        self._keys = [(self, place) for place in range(len(self.networks))]
         self._choices = [places[id(denoiser)] for _, denoiser in self.experts]
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
-        """The conditioning with the projections of all networks, each network's under its place in `networks`: for many calls with one
-        prompt."""
-        if conditioning.projected:
-            return conditioning
-        own = [prepare(network, conditioning).projected for network in self.networks]
-        return replace(conditioning, projected={f"{i}/{name}": tensor for i, part in enumerate(own) for name, tensor in part.items()})
+        """The conditioning, with which each network's projections will be kept: for many calls with one prompt.
+
+        A network makes them at its first evaluation, once for these rows and once for each part of them that it is given. On a GPU the
+        evaluations before it are then still being computed, and nothing waits for the launches, of which there are as many as networks
+        times layers. Raises ValueError for a conditioning that another denoiser has prepared.
+        """
+        _refuse_prepared(conditioning)
+        return conditioning if conditioning.each_for_itself else replace(conditioning, each_for_itself=True)
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """The estimates of the experts, (B, C, H, W).
@@ -57,7 +60,10 @@ class ExpertEnsemble:
             sigma: 0-d, which chooses the expert without a copy from the device if it is on the CPU; or (B,): each expert evaluates, once,
                 the rows that are its own, which waits for sigmas that are on another device.
             conditioning: B rows, prepared or not.
+
+        Raises ValueError for a conditioning that another denoiser has prepared.
         """
+        _refuse_prepared(conditioning)
         if sigma.ndim == 0:
             return self._evaluate(self._choices[bisect_left(self._edges, float(sigma))], x, sigma, conditioning)
         intervals = torch.bucketize(sigma.double().cpu(), torch.tensor(self._edges, dtype=torch.float64))  # (B,), edges inside the lower
@@ -82,7 +88,15 @@ class ExpertEnsemble:
         return ExpertEnsemble([(interval, images[id(denoiser)]) for interval, denoiser in self.experts])
 
     def _evaluate(self, place: int, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.networks[place](x, sigma, conditioning.under(str(place)) if conditioning.projected else conditioning)
+        network = self.networks[place]
+        if conditioning.each_for_itself:
+            conditioning = conditioning.once(self._keys[place], lambda: prepare(network, Conditioning(conditioning.embeddings)))
+        return network(x, sigma, conditioning)
+
+
+def _refuse_prepared(conditioning: Conditioning) -> None:
+    if conditioning.projected:
+        raise ValueError("the conditioning holds the projections of a single network; an ensemble's networks each need their own")
 
 
 def each_network(denoiser: Denoiser, function: Callable[[Denoiser], Denoiser]) -> Denoiser:

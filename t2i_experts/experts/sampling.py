@@ -48,12 +48,12 @@ def guidance_scale(sampling: SamplingConfig, leaves: Mapping[str, NoiseInterval]
     )
 
 
-def check_leaves(sampling: SamplingConfig, leaves: Mapping[str, NoiseInterval], prefix: str = "sampling.") -> None:
-    """Raises ValueError for settings of experts that there are not, naming the field after `prefix`."""
+def check_leaves(sampling: SamplingConfig, leaves: Mapping[str, NoiseInterval], prefix: str = "sampling.experts.") -> None:
+    """Raises ValueError, which begins with `prefix` and the name, for settings of an expert that there is not."""
     for name in sampling.experts:
         if name not in leaves:
             there = f"its experts: {', '.join(leaves)}" if leaves else "it is a single network"
-            raise ValueError(f"{prefix}experts.{name}: this model has no such expert; {there}")
+            raise ValueError(f"{prefix}{name}: this model has no such expert; {there}")
 
 
 def _levels(name: str, interval: NoiseInterval, count: int, sampling: SamplingConfig) -> Tensor:

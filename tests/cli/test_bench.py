@@ -49,6 +49,22 @@ def test_sample(bench: Any) -> None:
     assert rows["eager"]["compilations"] == rows["eager"]["breaks"] == 0
 
 
+def test_experts(bench: Any) -> None:
+    rows = bench("experts", "--network", "tiny", "--batch", "1", "--steps", "3", "--eager", "--repeats", "2", "--device", "cpu")
+    one, several = rows["batch 1: one network, eager"], rows["batch 1: 3 experts, eager"]
+    assert several["ratio"] == pytest.approx(one["seconds"] / several["seconds"])
+    assert several["weights MB"] == pytest.approx(3 * one["weights MB"]) and 0 < several["routing us"] < 50
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_three_experts_take_as_long_as_one_network(bench: Any) -> None:
+    """Compiled, as CUDA graphs: at most 1 % more, and what the clock itself varies."""
+    rows = bench("experts", "--batch", "16", "--repeats", "30")
+    one, several = rows["batch 16: one network, compiled, graphs"], rows["batch 16: 3 experts, compiled, graphs"]
+    assert several["seconds"] <= 1.01 * one["seconds"] * (1 + one["spread"]), rows
+
+
 def test_train(bench: Any) -> None:
     rows = bench("train", "--network", "tiny", "--batch", "2", "--eager", "--repeats", "2", "--device", "cpu")
     baseline, own = rows["diffusers, eager"], rows["t2i-experts, eager"]

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from t2i_experts.diffusion.guidance import ClassifierFreeGuidance
+from t2i_experts.diffusion.guidance import ClassifierFreeGuidance, ScaleBySigma
 from t2i_experts.diffusion.samplers import karras_sigmas, sample_dpmpp_2m, sample_heun
 from t2i_experts.types import Conditioning, Embedding
 
@@ -134,6 +135,64 @@ def test_a_batch_of_sigmas_equals_one_image_at_a_time(scale: float, interval: tu
     alone = [guided(X[i : i + 1], sigma[i], prompts.rows(i, i + 1)) for i in range(2)]
     torch.testing.assert_close(guided(X, sigma, prompts), torch.cat(alone))
     torch.testing.assert_close(guided(X, sigma, guided.prepare(prompts)), torch.cat(alone))
+
+
+BY_SIGMA = ScaleBySigma((0.3, 9.0), (1.0, 4.0, 7.0))
+
+
+@pytest.mark.parametrize("model_type", [Model, PreparingModel])
+def test_a_scale_for_each_range_equals_a_loop_by_hand(model_type: type[Model]) -> None:
+    model, sigmas = model_type(), torch.tensor([80.0, 12.0, 9.0, 2.0, 0.3, 0.1, 0.0], dtype=torch.float64)
+    guided = ClassifierFreeGuidance(model, NULL, BY_SIGMA)
+    found = sample_heun(guided, X * 80, sigmas, guided.prepare(conditioning(2)))
+    assert model.rows == [4] * 2 + [4] * 2 + [4] * 2 + [4, 2] + [2] * 2 + [2], "scale 1 costs B rows; an edge belongs to the range below"
+    plain, x = Model(), X * 80
+
+    def by_hand(x: Tensor, sigma: Tensor) -> Tensor:
+        scale = 7.0 if sigma > 9 else 4.0 if sigma > 0.3 else 1.0
+        conditional, null = plain(x, sigma, conditioning(2)), plain(x, sigma, NULL.expand(2))
+        return null + scale * (conditional - null)
+
+    for sigma, sigma_next in pairwise(sigmas):
+        slope = (x - by_hand(x, sigma)) / float(sigma)
+        x_next = x + float(sigma_next - sigma) * slope
+        if sigma_next > 0:
+            slope = (slope + (x_next - by_hand(x_next, sigma_next)) / float(sigma_next)) / 2
+        x = x + float(sigma_next - sigma) * slope
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
+
+
+def test_a_scale_for_each_range_within_an_interval() -> None:
+    guided = ClassifierFreeGuidance(Model(), NULL, BY_SIGMA, (0.1, 20.0))
+    for sigma, scale in ((0.05, 1), (0.2, 1), (0.3, 1), (0.31, 4), (9.0, 4), (9.1, 7), (20.0, 7), (21.0, 1)):
+        at = torch.tensor(sigma, dtype=torch.float64)
+        conditional, null = branches(at)
+        torch.testing.assert_close(guided(X, at, conditioning(2)), null + scale * (conditional - null))
+    sigma = torch.tensor([0.2, 12.0])
+    alone = [guided(X[i : i + 1], sigma[i], conditioning(2).rows(i, i + 1)) for i in range(2)]
+    torch.testing.assert_close(guided(X, sigma, conditioning(2)), torch.cat(alone))
+
+
+def test_scales_of_one_need_no_null_branch() -> None:
+    model = PreparingModel()
+    guided = ClassifierFreeGuidance(model, NULL, ScaleBySigma((1.0,), (1.0, 1.0)), (0.5, 2.0))
+    guided(X, ONE, guided.prepare(conditioning(2)))
+    assert model.prepared == model.rows == [2]
+
+
+@pytest.mark.parametrize(
+    ("edges", "scales", "message"),
+    [
+        ((2.0, 1.0), (1.0, 2.0, 3.0), "ascending"),
+        ((0.0,), (1.0, 2.0), "positive"),
+        ((1.0,), (1.0,), "one fewer than 1 scales"),
+        ((1.0,), (1.0, math.inf), "scale=inf must be finite"),
+        ((1.0,), (1.0, -2.0), "scale=-2.0"),
+    ],
+)
+def test_scales_that_mean_nothing(edges: tuple[float, ...], scales: tuple[float, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScaleBySigma(edges, scales)
 
 
 def test_guided_sampling_does_not_depend_on_neighbours() -> None:

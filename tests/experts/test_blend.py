@@ -17,6 +17,7 @@ from t2i_experts.diffusion.noise import LogNormalSigma
 from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.diffusion.samplers import karras_sigmas, sample_heun
 from t2i_experts.experts.blend import RatioBlend
+from t2i_experts.experts.ensemble import ExpertEnsemble
 from t2i_experts.experts.interval import NoiseInterval
 from t2i_experts.experts.ratio import LearnedRatio, LinearRatio, Ratio, SigmoidRatio
 from t2i_experts.types import Conditioning, Embedding
@@ -119,6 +120,23 @@ def test_projections_are_made_once_a_prompt_also_under_guidance() -> None:
 def test_prepared_rows_are_the_rows_of_the_experts() -> None:
     model = blend(SigmoidRatio(40.0))
     assert torch.equal(model(X, SIGMAS, model.prepare(PROMPTS)), model(X, SIGMAS, PROMPTS))
+
+
+def test_a_blend_can_be_an_expert_of_an_ensemble() -> None:
+    """Of an ensemble's networks, each projects a prompt for itself; so do the two of the blend."""
+    model, other = blend(SigmoidRatio(5.0, 0.2)), expert(3)
+    ensemble = ExpertEnsemble([(NoiseInterval.node(1, 0), model), (NoiseInterval.node(1, 1), other)])
+    prepared = ensemble.prepare(PROMPTS)
+    for _ in range(2):
+        assert torch.equal(ensemble(X, SIGMAS[1].double(), prepared), model(X, SIGMAS[1].double(), PROMPTS))
+    assert model.high.network.projections == 1 + 2  # type: ignore[attr-defined]
+
+
+def test_the_projections_of_a_single_network_are_refused() -> None:
+    model = blend(constant(0.5))
+    for call in (lambda c: model(X, SIGMAS, c), model.prepare):
+        with pytest.raises(ValueError, match="projections of a single network"):
+            call(expert(1).prepare(PROMPTS))
 
 
 def test_the_linear_ratio_is_the_quantile() -> None:

@@ -134,21 +134,36 @@ def test_each_network_projects_once_a_prompt_and_sees_its_own_as_the_same_object
     guided = ClassifierFreeGuidance(ensemble, prompts(1, seed=9), 3.0, (0.1, 10.0))
     prepared = guided.prepare(prompts(2))
     found = sample_dpmpp_2m(guided, X * 80, karras_sigmas(30), prepared)
-    assert [net.prepared for net in nets] == [1, 1, 1]
     for net in nets:
+        assert net.prepared == len({conditioning.batch for conditioning in net.seen}), "once for both branches, and once for one alone"
         assert len({id(conditioning) for conditioning in net.seen if conditioning.batch == 2}) <= 1
         assert len({id(conditioning) for conditioning in net.seen if conditioning.batch == 4}) <= 1
     assert {conditioning.batch for net in nets for conditioning in net.seen} == {2, 4}
     assert torch.equal(found, sample_dpmpp_2m(guided, X * 80, karras_sigmas(30), prompts(2)))
     assert ensemble.prepare(prepared) is prepared
+    with pytest.raises(ValueError, match="projections of a single network"):
+        ensemble(X, sigma(1.0), nets[0].prepare(prompts(2)))
+    with pytest.raises(ValueError, match="projections of a single network"):
+        ensemble.prepare(nets[0].prepare(prompts(2)))
+
+
+def test_a_conditioning_that_is_not_prepared_keeps_nothing() -> None:
+    """Weights may change between two calls, and gradients run through the projections."""
+    ensemble, nets = three()
+    text = prompts(2)
+    for _ in range(2):
+        ensemble(X, sigma(1.0), text)
+    assert nets[1].prepared == 2 and nets[1].seen == [text, text]
 
 
 def test_a_network_that_answers_for_several_intervals_is_prepared_once() -> None:
     root, high = Net(1.0), Net(2.0)
     ensemble = ExpertEnsemble([(LOW, root), (MIDDLE, root), (HIGH, high)])
     assert ensemble.networks == (root, high)
-    assert {name.split("/")[0] for name in ensemble.prepare(prompts(1)).projected} == {"0", "1"}
-    assert (root.prepared, high.prepared) == (1, 1)
+    text = ensemble.prepare(prompts(2))
+    for value in (0.01, 1.0, 0.02, 2.0):
+        ensemble(X, sigma(value), text)
+    assert (root.prepared, high.prepared) == (1, 0), "and one that never evaluates never prepares"
 
 
 def test_ensembles_nest() -> None:
@@ -227,7 +242,7 @@ def test_routing_takes_microseconds() -> None:
     """Of an evaluation that takes 1.5 ms at the least; the bound leaves room for a busy machine."""
     x, at, plain = torch.zeros(1), sigma(0.5), prompts(1)
     ensemble = ExpertEnsemble([(interval, lambda x, sigma, conditioning: x) for interval in (LOW, MIDDLE, HIGH)])
-    text = Conditioning(plain.embeddings, {f"{i}/{name}": torch.zeros(1) for i in range(3) for name in range(20)})
+    text = ensemble.prepare(plain)
     best = math.inf
     for _ in range(20):
         started = time.perf_counter()
