@@ -1,4 +1,4 @@
-"""Experts by range of noise on points in the plane, where the ideal denoiser is known: what each step of the idea is worth, in a minute.
+"""Experts by range of noise on points in the plane, where the ideal denoiser is known: what each step of the idea is worth.
 
     python scripts/experiments/toy_experts.py [--out DIR] [--seeds N] [--steps N] [--root-steps N]
 
@@ -52,32 +52,33 @@ EDM_LOSS = EDMLoss()
 SIGMAS = torch.logspace(math.log10(0.005), math.log10(40), 31)
 STEPS, DRAWS = 24, 8192  # of the sampler, Heun's; points that it draws
 CURVES = (
-    "root",
     "root, trained on",
     "three experts",
     "two experts, blended",
     "decoupled, merged (DeMe)",
-    "low rank, cut",
     "low rank, trained",
 )
 RANK = 6  # of low-rank experts, whose matrices are 32 x 32
 
 
 class Points(nn.Module):
-    """Three hidden layers over a point and the noise, with EDM's network interface; there is no prompt."""
+    """Three hidden layers over waves of both coordinates and the noise, with EDM's network interface; there is no prompt."""
 
-    def __init__(self, width: int = 32, features: int = 16) -> None:
+    def __init__(self, width: int = 32, waves: int = 8) -> None:
         super().__init__()
-        self.features = features
-        sizes = [2 + features, width, width, width, 2]
+        self.waves = waves
+        sizes = [2 + 4 * waves, width, width, width, 2]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def project(self, embeddings: Mapping[str, Embedding]) -> dict[str, Tensor]:
+        """Nothing depends on a prompt, and something must."""
         return {"nothing": embeddings["none"].mask}
 
     def forward(self, x: Tensor, c_noise: Tensor, projected: Mapping[str, Tensor]) -> Tensor:
-        noise = fourier_features(c_noise, self.features, octaves=(-3, 1))
-        h = torch.cat([x[:, :, 0, 0].float(), noise], dim=1)
+        """x: (B, 2, 1, 1); c_noise: (B,). Returns (B, 2, 1, 1)."""
+        point = x[:, :, 0, 0].float()
+        waves = fourier_features(point.flatten(), self.waves, octaves=(-2, 1)).view(len(x), -1)
+        h = torch.cat([point, waves, fourier_features(c_noise, 2 * self.waves, octaves=(-3, 1))], dim=1)
         for layer in self.layers[:-1]:
             h = F.silu(layer(h))
         result: Tensor = self.layers[-1](h)
@@ -252,9 +253,13 @@ def measure(grown: Grown, data: Mixture, plan: TreePlan, seed: int) -> dict[str,
 
 
 def curve(grown: Sequence[Grown], name: str, data: Mixture) -> list[tuple[float, float]]:
-    """The excess loss over sigma, means over seeds."""
-    means = [np.mean([excess(one.denoisers[name], data, sigma.expand(4096), 7) for one in grown]) for sigma in SIGMAS]
-    return [(float(sigma), float(mean)) for sigma, mean in zip(SIGMAS, means, strict=True)]
+    """The excess loss over sigma relative to the root's of the same seed, geometric means over seeds."""
+
+    def ratio(one: Grown, sigma: Tensor) -> float:
+        loss, before = (excess(one.denoisers[which], data, sigma.expand(8192), 7) for which in (name, "root"))
+        return math.log(loss / before)
+
+    return [(float(sigma), math.exp(float(np.mean([ratio(one, sigma) for one in grown])))) for sigma in SIGMAS]
 
 
 def main() -> None:
@@ -282,7 +287,7 @@ def main() -> None:
     (arguments.out / "table.md").write_text(text, encoding="utf-8")
     edges = [leaf.interval.sigma_hi for leaf in plan.leaves[:-1]]
     draw_losses({name: curve(grown, name, data) for name in CURVES}, edges, len(grown)).save(arguments.out / "loss.png")
-    points = {name: draw(denoiser, 5_000) for name, denoiser in grown[0].denoisers.items() if name in CURVES}
+    points = {name: draw(denoiser, 5_000) for name, denoiser in grown[0].denoisers.items() if name in ("root", *CURVES)}
     draw_samples({"data": data.sample(DRAWS, torch.Generator().manual_seed(8)), **points}).save(arguments.out / "samples.png")
     timed(f"wrote {arguments.out}")
     print(text)

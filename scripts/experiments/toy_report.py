@@ -9,7 +9,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from t2i_experts.charts import Chart, Marks, Series, draw_chart, draw_grid, palette
+from t2i_experts.charts import Chart, Marks, Series, draw_chart, draw_grid
+
+COLOURS = ("#d1495b", "#00798c", "#edae49", "#5f9e4f", "#7b5ea7", "#8c6d46")
 
 Row = Mapping[str, float]
 """Measured of one denoiser: name of the column -> number."""
@@ -53,17 +55,20 @@ def table(
 
 
 def draw_losses(curves: Mapping[str, Sequence[tuple[float, float]]], edges: Sequence[float], seeds: int) -> Image.Image:
-    """The loss above the ideal's over sigma, a curve for each denoiser."""
+    """The loss above the ideal's, relative to the root's, over sigma: a curve for each denoiser."""
     chart = Chart(
-        "Loss above the ideal denoiser's, by noise",
+        "Loss above the ideal denoiser's, relative to the root's",
         "sigma",
-        "lambda(sigma) |D - ideal|^2",
-        [Series(name, points, colour) for (name, points), colour in zip(curves.items(), palette(len(curves)), strict=True)],
+        "|D - ideal|^2 / |D_root - ideal|^2",
+        [
+            *(Series(name, points, colour) for (name, points), colour in zip(curves.items(), COLOURS, strict=False)),
+            Series("root", [(sigma, 1.0) for sigma, _ in next(iter(curves.values()))], "#222222", dashes=(2, 4)),
+        ],
         [Marks("edges of the leaves", edges, "#999999")],
         log=True,
         log_x=True,
         better=(0, -1),
-        subtitle=f"Points on rings on a spiral; means over {seeds} seeds.",
+        subtitle=f"Points on rings on a spiral; geometric means over {seeds} seeds.",
     )
     return draw_chart(chart, height=520)
 
@@ -81,4 +86,4 @@ def draw_samples(points: Mapping[str, Tensor], columns: int = 4) -> Image.Image:
     sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), "white")
     for i, strip in enumerate(strips):
         sheet.paste(strip, (0, i * strips[0].height))
-    return sheet.crop((160, 0, *sheet.size))  # without the room for labels of rows
+    return sheet.crop((160, 0, *sheet.size)).quantize(16)  # without the room for labels of rows

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from t2i_experts.cli.experts_boundaries import boundaries
 from t2i_experts.cli.importing import without_collecting
 from t2i_experts.cli.options import Config, Json, Overrides, group
 
@@ -161,3 +162,6 @@ def _quantile(u: Fraction) -> str:
     """As a fraction, or rounded where that is long; the document has it exactly."""
     text = str(u)
     return text if len(text) <= len("1023/1024") else f"{float(u):.6g}"
+
+
+app.command()(boundaries)
