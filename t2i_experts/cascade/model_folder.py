@@ -34,7 +34,7 @@ from t2i_experts.cascade.expert_folders import (
 from t2i_experts.cascade.files import naming, read_json, write_json
 from t2i_experts.cascade.new_folder import new_folder
 from t2i_experts.cascade.stage import Stage
-from t2i_experts.cascade.weights import WEIGHTS, load_network, write_weights
+from t2i_experts.cascade.weights import WEIGHTS, load_network, stored_bytes, write_weights
 from t2i_experts.conditioning.conditioner import TextConditioner
 from t2i_experts.conditioning.frozen import copy_file
 from t2i_experts.config import (
@@ -192,22 +192,32 @@ def _save_codec(config: CodecConfig, codec: Codec, folder: Path, earlier: Path) 
     return replace(config, model=f"./{CODEC_FOLDER}")
 
 
-def load_model(model: str | Path | None, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
+def load_model(
+    model: str | Path | None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    networks_on: Callable[[TextConditioner, int], torch.device | str] | None = None,
+) -> LoadedModel:
     """Reads a model folder (see `find_model`) onto `device`, its networks in `dtype`; encoders and codec keep the dtype of their config.
 
+    networks_on: given the encoders, which are on the device then, and the bytes of all networks, says which device these are to be on.
     Raises ValueError naming the file and the field for a folder that is not whole.
     """
     folder = find_model(model)
     config, sampling, leaves = read_configs(folder)
     own = folder / config.name
+    codec = load_codec(config, root=folder, device=device)
+    conditioner = TextConditioner.from_config(config.encoders, root=folder, device=device)
+    if networks_on is not None:
+        files = {own / EXPERTS / leaf.expert / WEIGHTS for leaf in leaves} or {own / WEIGHTS}
+        device = networks_on(conditioner, sum(stored_bytes(path, dtype) for path in files))
     denoiser: Denoiser
     if leaves:
         denoiser, digest = load_experts(own, config, leaves, device, dtype)
     else:
         denoiser, digest = load_network(config, own / WEIGHTS, device, dtype)
-    intervals = {leaf.name: leaf.interval for leaf in leaves}
-    stage = Stage(config, denoiser, sampling, load_codec(config, root=folder, device=device), intervals)
-    conditioner = TextConditioner.from_config(config.encoders, root=folder, device=device)
+    stage = Stage(config, denoiser, sampling, codec, {leaf.name: leaf.interval for leaf in leaves})
     provenance = read_json(folder / INDEX).get("provenance") or {}
     if not isinstance(provenance, dict):
         raise ValueError(f"{folder / INDEX}: provenance={provenance!r} must be a JSON object")

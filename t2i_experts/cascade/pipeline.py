@@ -16,6 +16,7 @@ from t2i_experts.cascade.device import default_device, default_dtype, open_devic
 from t2i_experts.cascade.graphs import GraphedDenoiser, GraphMemory
 from t2i_experts.cascade.model_folder import LoadedModel, load_model
 from t2i_experts.cascade.picture import to_uint8
+from t2i_experts.cascade.residency import Budget, take_turns
 from t2i_experts.cascade.stage import Progress, Stage, check_shape
 from t2i_experts.config import ExpertSamplingConfig, SamplingConfig
 from t2i_experts.diffusion.precond import EDMPrecond
@@ -54,26 +55,31 @@ class CascadePipeline:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         compile: bool = False,
+        memory: int | None = None,
     ) -> CascadePipeline:
         """Loads a model folder or hub id; None is the model embedded in this package, which needs no network.
 
         device: None takes the best there is. dtype: of the networks; None is `default_dtype`. compile: with
         torch.compile, at the first evaluation of each batch size and shape, which takes a minute. Compiled or not, on CUDA an evaluation
-        is recorded at its first time and then replayed (`GraphedDenoiser`).
+        is recorded at its first time and then replayed (`GraphedDenoiser`). memory: bytes of the device that weights may take, a codec's
+        aside; None: on CUDA most of what is free, elsewhere as many as there are. Where encoders and networks need more, they take turns on
+        the device, and no evaluation is recorded (see `residency`).
         Raises ValueError for a model that cannot be found or is not whole, and for a device that this machine lacks.
         """
         device = default_device() if device is None else open_device(device, f"device={str(device)!r}")
         dtype = dtype or default_dtype(device)
-        loaded = load_model(model, device=device, dtype=dtype)
-        memory = GraphMemory()
+        budget, shared = Budget(device, memory), GraphMemory()
+        loaded = load_model(model, device=device, dtype=dtype, networks_on=budget.networks_on)
 
         def quick(network: Denoiser) -> Denoiser:
             if compile:
                 cast(EDMPrecond, network).compile(dynamic=False)  # once for all experts of one shape
-            return GraphedDenoiser(network, memory) if device.type == "cuda" else network
+            return GraphedDenoiser(network, shared) if device.type == "cuda" and budget.exceeded is None else network
 
         stages = {name: replace(stage, denoiser=each_network(stage.denoiser, quick)) for name, stage in loaded.stages.items()}
         loaded = replace(loaded, stages=stages)
+        if budget.exceeded is not None:
+            loaded = take_turns(loaded, device, budget.exceeded)
         return cls(loaded, device, dtype)
 
     @property

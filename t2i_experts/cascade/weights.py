@@ -59,6 +59,13 @@ def read_about(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
+def stored_bytes(path: Path, dtype: torch.dtype) -> int:
+    """Bytes that the weights in a file take in memory once they are of `dtype`. Raises ValueError if they cannot be read."""
+    return sum(
+        tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.itemsize) for tensor in read_weights(path).values()
+    )
+
+
 def load_network(
     config: StageConfig, path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[EDMPrecond, str]:

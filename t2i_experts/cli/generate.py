@@ -43,6 +43,7 @@ def generate(
     expert: Annotated[
         list[str] | None,
         typer.Option(
+            "--expert",
             metavar="LEAF:guidance=G,steps=N",
             help="Of one expert of an ensemble, such as E^9_511:guidance=7,steps=6; repeatable.",
             show_default=False,

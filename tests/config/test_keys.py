@@ -24,7 +24,7 @@ from t2i_experts.config.shipped import shipped_configs
         ({"lerning_rate": 1}, "lerning_rate", "did you mean 'training.optimizer.learning_rate'?"),
         ({"batch_size": 1}, "batch_size", "did you mean 'training.batch_size'?"),
         ({"stage": {"max_tokens": 1}}, "stage.max_tokens", "did you mean 'stage.encoders.NAME.max_tokens'?"),
-        ({"steps": 1}, "steps", "did you mean 'training.preview.steps' or 'sampling.steps'?"),
+        ({"steps": 1}, "steps", "did you mean 'training.preview.steps' or 'sampling.steps' or 'sampling.experts.NAME.steps'?"),
     ],
 )
 def test_the_key_that_was_meant(tree: Any, key: str, hint: str) -> None:

@@ -60,6 +60,8 @@ def test_the_range_that_is_sampled_bounds_the_outer_leaves() -> None:
     narrow = SamplingConfig(sigma_min=0.01, sigma_max=20.0, experts={"E^3_0": ExpertSamplingConfig(steps=3)})
     sigmas = schedule(narrow, LEAVES)
     assert sigmas[0] == 20.0 and sigmas[-2] == 0.01 and sigmas[-4] == LOW.sigma_hi
+    within = SamplingConfig(sigma_min=0.5, sigma_max=5.0, experts={"complement": ExpertSamplingConfig(steps=3)})
+    torch.testing.assert_close(schedule(within, LEAVES), karras_sigmas(3, 0.5, 5.0))
     for bounds in ({"sigma_max": 5.0}, {"sigma_max": MIDDLE.sigma_hi}):
         beyond = SamplingConfig(**bounds, experts={"E^9_511": ExpertSamplingConfig(steps=3)})  # type: ignore[arg-type]
         with pytest.raises(
