@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,7 @@ def check_script(line: Line, script: Path, words: list[str], monkeypatch: pytest
     spec = importlib.util.spec_from_file_location(f"documented_{script.stem}", script)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look for what they are annotated with
     spec.loader.exec_module(module)
     try:
         module.main()

@@ -30,17 +30,17 @@ from t2i_experts.config.schema import (
 from t2i_experts.config.shipped import shipped_configs, shipped_folder
 
 if TYPE_CHECKING:
-from t2i_experts.config.files import (
-    build_config,
-    changes,
-    differences,
-    from_plain,
-    load_config,
-    read_files,
-    to_plain,
-    to_yaml,
-    trace_config,
-)
+    from t2i_experts.config.files import (
+        build_config,
+        changes,
+        differences,
+        from_plain,
+        load_config,
+        read_files,
+        to_plain,
+        to_yaml,
+        trace_config,
+    )
 
 __all__ = [
     "CodecConfig",

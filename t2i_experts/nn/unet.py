@@ -28,6 +28,7 @@ from t2i_experts.types import Embedding
 class UNetBlock(nn.Module):
     """One residual block and the attention behind it.
 
+    projection: a convolution of its output, none unless somebody adds one.
     checkpointed: of what it computes, only its inputs are remembered for the backward pass, which computes the rest again.
     """
 
@@ -44,6 +45,7 @@ class UNetBlock(nn.Module):
         self.residual = block
         self.self_attention = self_attention
         self.cross_attention = cross_attention
+        self.projection: Convolution | None = None
 
     def forward(self, x: Tensor, scale_shift: Tensor, key_value: Tensor | None, skip: Tensor | None = None) -> Tensor:
         """x: (B, H, W, C). scale_shift: see `ResidualBlock`. key_value: see `CrossAttention`. skip: (B, H, W, C'), concatenated to x, which
@@ -61,7 +63,7 @@ class UNetBlock(nn.Module):
         if self.cross_attention is not None:
             assert key_value is not None
             x = self.cross_attention(x, key_value)
-        return x
+        return x if self.projection is None else self.projection(x)
 
 
 class UNet(nn.Module):

@@ -1,0 +1,69 @@
+"""Experts trained as low-rank differences (Hu et al. 2106.09685): the root's matrices stay, and two small factors of each are trained."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from t2i_experts.experts.lowrank import Factors, LowRankDifference
+from t2i_experts.experts.states import State, fingerprint, refuse_misfit
+
+_ORIGINAL, _UP, _DOWN = (f".parametrizations.weight.{part}" for part in ("original", "0.up", "0.down"))
+
+
+class LowRank(nn.Module):
+    """A weight W_root + up @ down, at first W_root. up: (out, rank), zeros; down: (rank, in), Gaussian of variance 1 / in."""
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        outputs, inputs = weight.flatten(1).shape
+        self.up = nn.Parameter(weight.new_zeros(outputs, rank))
+        self.down = nn.Parameter(torch.randn_like(weight.new_empty(rank, inputs)) / math.sqrt(inputs))
+
+    def forward(self, root: Tensor) -> Tensor:
+        """root: (out, in, ...). Returns the weight, of the same shape and type; the difference is not rounded by autocast."""
+        with torch.autocast(root.device.type, enabled=False):
+            return root + (self.up @ self.down).view_as(root)
+
+
+def add_low_rank(network: nn.Module, rank: int) -> None:
+    """Makes the weight of each linear layer and convolution, in place, a `LowRank` around what it is now, which no longer trains.
+
+    What is no matrix, and matrices that are smaller than their factors would be, train whole. `low_rank_difference` says what came of it.
+
+    Raises ValueError for rank < 1, and for a network in which no matrix is larger than its factors.
+    """
+    if rank < 1:
+        raise ValueError(f"rank={rank} must be >= 1")
+    layers = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d) and _is_smaller(m.weight, rank)]
+    if not layers:
+        raise ValueError(f"rank={rank}: no matrix of the network is larger than its factors would be")
+    for layer in layers:
+        layer.weight.requires_grad_(False)
+        parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank))
+
+
+def low_rank_difference(state: State, root: State) -> LowRankDifference:
+    """The difference that was trained.
+
+    state: of a network after `add_low_rank`, or of an average of such networks. root: of the same network before it.
+
+    Raises ValueError naming the first tensor for a state that does not fit, or in which the root's matrices have changed.
+    """
+    names = [name.removesuffix(_ORIGINAL) for name in state if name.endswith(_ORIGINAL)]
+    factors = {f"{name}.weight": Factors(state[name + _UP].detach().clone(), state[name + _DOWN].detach().clone()) for name in names}
+    plain = {name: tensor for name, tensor in state.items() if ".parametrizations.weight." not in name}
+    refuse_misfit(root, {**{f"{name}.weight": state[name + _ORIGINAL] for name in names}, **plain}, "the trained network")
+    for name in names:
+        if not torch.equal(state[name + _ORIGINAL], root[f"{name}.weight"].to(state[name + _ORIGINAL])):
+            raise ValueError(f"{name}.weight was trained from another root: its fixed part differs from the root's")
+    whole = {name: tensor.detach().clone() for name, tensor in plain.items() if not torch.equal(tensor, root[name].to(tensor))}
+    return LowRankDifference(fingerprint(root), factors, whole)
+
+
+def _is_smaller(weight: Tensor, rank: int) -> bool:
+    outputs, inputs = weight.flatten(1).shape
+    return rank * (outputs + inputs) < outputs * inputs

@@ -1,0 +1,39 @@
+"""Weights of networks as values: names with tensors, as `state_dict` gives them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+"""All weights of one network, by name."""
+
+
+def refuse_misfit(root: State, other: State, whose: str) -> None:
+    """Raises ValueError that names the first tensor that only one of two states has, or that they have in different shapes.
+
+    whose: what the other state is called, "expert 2".
+    """
+    shapes, others = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (root, other))
+    wrong = [name for name in {**shapes, **others} if shapes.get(name) != others.get(name)]
+    if wrong:
+        here, there = (found.get(wrong[0], "missing") for found in (others, shapes))
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(f"{whose} does not fit the root: {wrong[0]} is {here} there and {there} in the root{more}")
+
+
+def count_bytes(state: State) -> int:
+    """Of all tensors together."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def fingerprint(state: State) -> str:
+    """16 hex digits of the sha256 over names, types, shapes and bytes, whatever the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
