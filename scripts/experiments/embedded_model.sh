@@ -34,7 +34,7 @@ draw train train 0 $((scenes * 4)) # the first of those that the model was train
 
 seen=(--resolution 64 --features squeezenet --weights "$squeezenet" --metric clip:model=embedded:clip --batch-size "$batch")
 t2i eval sweep --shards "$data/held-out" "${seen[@]}" --guidance 1,2,3,4,6,8,10 --out "$out/sweep"
+t2i eval fid "$data/new" "$data/held-out" --features squeezenet --weights "$squeezenet" --json > "$out/real.json" # two sets of real scenes
 t2i eval coco --annotations "$flickr/captions.json" --images "$flickr/images" --num "$photos" "${seen[@]}" --out "$out/flickr8k"
 t2i eval nearest --prompts "$out/sweep/ids.csv" --num $((scenes / 5)) --train "$data/train" --held-out "$data/new" --batch-size "$batch" --out "$out/nearest"
-[ -d data/judge/model ] || bash "$scripts/judge.sh" "$emoji"
-t2i eval judge --judge data/judge/model --num 200 --batch-size "$batch" --out "$out/judge"
+t2i eval judge --num 200 --batch-size "$batch" --out "$out/judge"

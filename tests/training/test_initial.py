@@ -16,10 +16,11 @@ from torch import Tensor
 from t2i_experts.cascade.model_folder import WEIGHTS, load_model, read_provenance
 from t2i_experts.config import RunConfig, load_config
 from t2i_experts.diffusion.precond import EDMPrecond
+from t2i_experts.experts.ensemble import ExpertEnsemble
 from t2i_experts.experts.interval import NoiseInterval
+from t2i_experts.training import preview
 from t2i_experts.training.checkpoints import checkpoints, read_facts
 from t2i_experts.training.optim import learning_rate
-from t2i_experts.training.preview import Between
 from t2i_experts.training.report import write_report
 from t2i_experts.training.trainer import Trainer, train
 from t2i_experts.types import Conditioning
@@ -166,9 +167,13 @@ def test_an_expert_is_trained_validated_and_previewed_in_its_range(fine: Fine, p
     assert not list((tmp_path / "child").glob("previews/*")), "that costs the preview, and not the run"
 
 
-def test_between_asks_the_expert_inside_and_the_other_outside() -> None:
-    interval = NoiseInterval(Fraction(1, 4), Fraction(1, 2))
-    between = Between(lambda x, s, c: x + 1, lambda x, s, c: x + 2, interval)
-    x, nothing = torch.zeros(1), Conditioning({})
-    for sigma, answer in ((0.05, 2), (interval.sigma_lo, 2), (0.2, 1), (interval.sigma_hi, 1), (0.31, 2), (80, 2)):
-        assert between(x, torch.tensor(sigma, dtype=torch.float64), nothing) == answer
+@pytest.mark.parametrize("halves", [False, True])
+def test_previews_ask_the_expert_inside_and_the_model_around_it_outside(fine: Fine, monkeypatch: pytest.MonkeyPatch, halves: bool) -> None:
+    whole = lambda x, s, c: x + 2  # noqa: E731
+    both = ExpertEnsemble([(NoiseInterval.node(1, 0), whole), (NoiseInterval.node(1, 1), lambda x, s, c: x + 3)])
+    monkeypatch.setattr(preview, "read_denoiser", lambda folder, device: both if halves else whole)
+    config = fine("child", "stage.noise.quantiles=[1/4, 3/8]", "training.preview.every_images=0")
+    denoiser = preview.preview_denoiser(lambda x, s, c: x + 1, config, torch.device("cpu"))
+    x, nothing, interval = torch.zeros(1), Conditioning({}), NoiseInterval(Fraction(1, 4), Fraction(3, 8))
+    for sigma, answer in ((0.05, 2), (interval.sigma_lo, 2), (0.2, 1), (interval.sigma_hi, 1), (0.29, 2), (80, 3 if halves else 2)):
+        assert denoiser(x, torch.tensor(sigma, dtype=torch.float64), nothing) == answer
