@@ -63,7 +63,7 @@ def test_configs_are_shipped_names_and_yaml_files(complete: Complete) -> None:
     Path("tiny/own.yaml").touch()
     assert complete("train", "ti") == ["tiny/base64", "tiny/experts", "tiny/photos"]
     assert complete("config", "show", "m") == ["mine.yaml"]
-    assert complete("config", "diff", "mine.yaml", "tiny/") == ["tiny/base64", "tiny/photos", "tiny/own.yaml"]
+    assert complete("config", "diff", "mine.yaml", "tiny/") == ["tiny/base64", "tiny/experts", "tiny/photos", "tiny/own.yaml"]
     assert complete("config", "copy", "mi") == [], "which the shell takes for files"
     assert complete("shards", "stats", "data", "--config", "e") == ["ediffi/base64", "ediffi/experts", "emoji/base64"]
     assert complete("train", "nothing/") == []
