@@ -35,13 +35,13 @@ class ProbabilisticInterval:
             raise ValueError(f"p={self.p} must lie in [0, 1]")
 
     def from_uniform(self, v: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        """The sigmas, of v's shape, that uniform numbers stand for: the lower 1 - p of them for own ones. v: float64 in [0, 1)."""
+        """The sigmas, of v's shape, that uniform numbers stand for: the lower 1 - p of them for own ones. See `NoiseInterval`."""
         own = 1 - self.p
         last = 1 - 2.0**-53
-        inside = self.interval.from_uniform((v / own).clamp(max=last)) if own else v
+        inside = self.interval.from_uniform((v / own).clamp(max=last), dtype) if own else v.to(dtype)
         whole = NoiseInterval(Fraction(0), Fraction(1), self.interval.distribution)
-        anywhere = whole.from_uniform(((v - own) / self.p).clamp(0, last)) if self.p else v
-        return torch.where(v < own, inside, anywhere).to(dtype)
+        anywhere = whole.from_uniform(((v - own) / self.p).clamp(0, last), dtype) if self.p else v.to(dtype)
+        return torch.where(v < own, inside, anywhere)
 
     def sample(self, shape: int | Sequence[int], *, generator: torch.Generator | None = None) -> Tensor:
         """Draws, float64 of `shape` on the generator's device, the CPU without one."""

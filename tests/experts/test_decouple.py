@@ -86,7 +86,9 @@ def test_the_ends_of_the_probability(interval: NoiseInterval) -> None:
     mixed = ProbabilisticInterval(interval, 0.3).from_uniform(v)
     assert mixed.isfinite().all() and (mixed > 0).all()
     assert interval.contains(mixed[:3]).all() and torch.equal(mixed[3:4], everything.from_uniform(v[:1])), "all noise from 0.7 on"
-    assert ProbabilisticInterval(interval, 0.3).from_uniform(v, torch.float32).dtype == torch.float32
+    singles = ProbabilisticInterval(interval, 0.3).from_uniform(v, torch.float32)
+    assert singles.dtype == torch.float32 and interval.contains(singles[:3]).all()
+    assert torch.equal(ProbabilisticInterval(interval, 0.0).from_uniform(v, torch.float32), interval.from_uniform(v, torch.float32))
 
 
 def test_the_largest_number_is_finite_for_every_probability() -> None:
