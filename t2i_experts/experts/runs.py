@@ -96,6 +96,7 @@ def _node_config(config: RunConfig, node: Node, folder: Path, parent: Path) -> R
         output=str(folder / node.name),
         stage=replace(config.stage, noise=replace(config.stage.noise, quantiles=quantiles)),
         training=replace(config.training, images=node.images, initial=str(parent), preview=preview),
+        sampling=replace(config.sampling, experts={}),  # of the ensemble, which a node alone is not
         experts=ExpertsConfig(),
     )
     own = config.experts.nodes.get(node.name, NodeConfig()).overrides

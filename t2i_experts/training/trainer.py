@@ -11,6 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -436,7 +437,7 @@ class Trainer:
         save_model(
             self.root / name,
             self.config.stage,
-            self.config.sampling,
+            replace(self.config.sampling, experts={}),  # of the ensemble that the root is to become
             self.ema.network.state_dict(),
             self.task.conditioner,
             codec=self.task.codec,

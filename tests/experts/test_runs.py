@@ -92,3 +92,8 @@ def test_what_cannot_be_overridden(override: str, said: str) -> None:
 def test_a_config_without_experts() -> None:
     with pytest.raises(ValueError, match=r"experts\.leaves=\[\] names no experts"):
         node_runs(load_config("tiny/base64"))
+
+
+def test_settings_of_experts_are_the_ensembles_alone() -> None:
+    config, runs = runs_of("sampling.experts={E^9_511: {guidance: 7.0, steps: 6}}")
+    assert config.sampling.experts and not runs["E^9_511"].config.sampling.experts

@@ -177,3 +177,9 @@ def test_previews_ask_the_expert_inside_and_the_model_around_it_outside(fine: Fi
     x, nothing, interval = torch.zeros(1), Conditioning({}), NoiseInterval(Fraction(1, 4), Fraction(3, 8))
     for sigma, answer in ((0.05, 2), (interval.sigma_lo, 2), (0.2, 1), (interval.sigma_hi, 1), (0.29, 2), (80, 3 if halves else 2)):
         assert denoiser(x, torch.tensor(sigma, dtype=torch.float64), nothing) == answer
+
+
+def test_the_root_of_a_tree_is_a_model_without_the_settings_of_its_experts(fine: Fine) -> None:
+    tree = ["experts={leaves: [E^1_0, E^1_1], images: 8}", "sampling.experts={E^1_0: {guidance: 2.0}}"]
+    (stage,) = load_model(train(fine("root", *tree), progress=False)).stages.values()
+    assert stage.sampling.experts == {}
