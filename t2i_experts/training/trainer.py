@@ -11,7 +11,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -437,7 +436,7 @@ class Trainer:
         save_model(
             self.root / name,
             self.config.stage,
-            replace(self.config.sampling, experts={}),  # of the ensemble that the root is to become
+            self.config.sampling,
             self.ema.network.state_dict(),
             self.task.conditioner,
             codec=self.task.codec,
