@@ -325,7 +325,7 @@ def test_a_size_is_refused_before_the_weights_are_read(generate: Generate, model
     for name in ("model_index.json", "base64/config.json"):
         (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "model" / name).write_bytes((model_folder / name).read_bytes())
-    for size, said in ((32, "--size=32; this model makes pictures of 16x16 px"), (16, "weights not found")):
+    for size, said in ((32, "--size=32; this model makes pictures of 16x16 px"), (16, "is not whole, it lacks t5")):
         code, _, err = generate("a", "--model", tmp_path / "model", "--size", size)
         assert code == 2 and said in err
 
