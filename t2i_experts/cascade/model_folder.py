@@ -70,17 +70,21 @@ class LoadedModel:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
+EMBEDDED = "embedded"
+"""The name of the model that ships with this package; a folder of this name is ./embedded."""
+
+
 def embedded_model() -> Path:
     """The folder of the model that ships with this package."""
     return Path(str(resources.files("t2i_experts"))) / "pretrained"
 
 
 def find_model(model: str | Path | None) -> Path:
-    """The local folder of a model: None is the embedded one, a folder is itself, anything else a hub id (downloaded once).
+    """The local folder of a model: None or `embedded` is the one that ships, a folder is itself, anything else a hub id (downloaded once).
 
     Raises ValueError that says what was looked for.
     """
-    if model is None:
+    if model in (None, EMBEDDED):
         if not (embedded_model() / INDEX).is_file():
             raise ValueError("no model is embedded in this version of the package: name a model folder or hub id (--model)")
         return embedded_model()
@@ -215,7 +219,7 @@ def load_model(
     denoiser, found = _load_denoiser(own, config, leaves, device, dtype)
     stage = Stage(config, denoiser, sampling, codec, {leaf.name: leaf.interval for leaf in leaves})
     provenance = read_provenance(folder)
-    source = "embedded" if model is None else str(model)
+    source = EMBEDDED if model is None else str(model)
     return LoadedModel({config.name: stage}, conditioner, found[:16], source, provenance)
 
 

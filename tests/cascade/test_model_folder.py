@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from t2i_experts.cascade.model_folder import INDEX, find_model, load_model, save_model
+from t2i_experts.cascade.model_folder import INDEX, embedded_model, find_model, load_model, save_model
 from t2i_experts.cascade.pipeline import CascadePipeline
 from t2i_experts.cascade.weights import WEIGHTS
 
@@ -180,6 +180,7 @@ def test_encoders_that_did_not_change_are_on_the_disk_once(model_folder: Path, t
 def test_names_that_lead_nowhere(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder"):
         find_model("./nowhere")
+    assert find_model("embedded") == find_model(None) == embedded_model()
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "model" / INDEX).write_text("{}")
     with pytest.raises(ValueError, match="did you mean"):
