@@ -34,7 +34,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "train": LazyCommand("t2i_experts.cli.train:train", "Train one node or stage; running the same command again resumes."),
     "report": LazyCommand("t2i_experts.cli.report:report", "Write a page with charts about a training run."),
     "ema": LazyCommand("t2i_experts.cli.ema:ema", "Average the weights of a finished run over another width."),
-    "experts": LazyCommand("t2i_experts.cli.experts:app", "Grow experts for ranges of noise: a tree of fine-tunings, one model."),
+    "experts": LazyCommand("t2i_experts.cli.experts:app", "Grow experts for ranges of noise: a tree of fine-tunings."),
     "config": LazyCommand("t2i_experts.cli.config:app", "Show, check, compare, list and copy configs."),
     "shards": LazyCommand("t2i_experts.cli.shards:app", "Build, check, show and measure training data."),
     "eval": LazyCommand("t2i_experts.cli.eval:app", "Measure what pictures are worth: FID, CLIP score, the judge."),

@@ -24,7 +24,9 @@ def loss(
     shards: Annotated[str, typer.Option(help="Shard folder of pictures with captions that none of them was trained on.")],
     at: Annotated[
         str | None,
-        typer.Option(metavar="1/8,511/512", help="Quantiles between the ranges; default: those of the first ensemble.", show_default=False),
+        typer.Option(
+            "--at", metavar="1/8,511/512", help="Quantiles between the ranges; default: those of the first ensemble.", show_default=False
+        ),
     ] = None,
     images: Annotated[int, typer.Option(help="Pictures to measure on.")] = 1024,
     draws: Annotated[int, typer.Option(help="Noise levels for each picture in every range.")] = 4,

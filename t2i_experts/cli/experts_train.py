@@ -25,7 +25,9 @@ def train(
     gpus: Annotated[
         int | None, typer.Option(help="Train so many nodes side by side, each on a GPU of its own; else one after the other.")
     ] = None,
-    only: Annotated[list[str] | None, typer.Option(metavar="NODE", help="Train this node and no other; may be given again.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="NODE", help="Train this node and no other; may be given again.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train every node that is not trained yet, parents before their children; the root first, as train CONFIG would.

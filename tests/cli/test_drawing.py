@@ -16,6 +16,7 @@ def test_latents_are_not_thresholded() -> None:
 
     def pipeline(kind: str) -> Any:
         stage = SimpleNamespace(config=SimpleNamespace(codec=CodecConfig(kind=kind, model="vae", channels=4, factor=8)))
+        stage.leaves = {}
         return SimpleNamespace(settings=lambda **given: SamplingConfig(**given), base=stage)
 
     with pytest.raises(ValueError, match=r"--threshold=0.9 .*latents"):

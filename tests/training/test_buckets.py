@@ -109,7 +109,9 @@ def test_each_shape_is_compiled_once_and_for_itself(write_config: WriteConfig, d
         return graph.forward
 
     compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compile(module, backend=backend, **options))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, **given: compile(module, **{**given, "backend": backend, "options": None})
+    )
     monkeypatch.setattr("torch._dynamo.config.recompile_limit", 1)
     overrides = [f"data.train=[{discs}]", "stage.buckets=[[16, 16], [20, 12], [12, 20]]", "training.compile=true"]
     trainer = Trainer(load_config(write_config("run"), overrides), progress=False)
