@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -74,22 +75,35 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
+_LOCK_ATTEMPTS = 5
+_LOCK_AGAIN_AFTER = 0.1
+"""Seconds: `lock_owner` of another process may have the lock for a moment, to see whether it is free."""
+
+
 def lock_run(root: Path) -> IO[str]:
     """Makes the output folder of a run and takes it for this process, until the file that is returned is closed or the process ends.
 
-    Raises ValueError if it cannot be a folder, or if another process has it.
+    Raises ValueError if it cannot be a folder, if its disk knows no locks, or if another process has it.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = (root / ".lock").open("a", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"output={str(root)!r} cannot be used: {error}") from error
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, this lock is not inherited by loader workers
-    except OSError:
-        owner = (root / ".lock").read_text(encoding="utf-8").strip()
-        lock.close()
-        raise ValueError(f"output={str(root)!r}: another process is training there ({owner or 'unknown'})") from None
+    for attempt in reversed(range(_LOCK_ATTEMPTS)):
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, this lock is not inherited by loader workers
+            break
+        except (BlockingIOError, PermissionError):  # either, by system
+            if attempt:
+                time.sleep(_LOCK_AGAIN_AFTER)
+                continue
+            owner = (root / ".lock").read_text(encoding="utf-8").strip()
+            lock.close()
+            raise ValueError(f"output={str(root)!r}: another process is training there ({owner or 'unknown'})") from None
+        except OSError as error:
+            lock.close()
+            raise ValueError(f"output={str(root)!r} cannot be locked ({error}): choose one on a file system with POSIX locks") from error
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()
@@ -105,8 +119,10 @@ def lock_owner(root: Path) -> str | None:
     with lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
-        except OSError:
+        except (BlockingIOError, PermissionError):
             return lock.read().strip() or "an unknown process"
+        except OSError:  # no locks there, as `lock_run` will say
+            return None
     return None
 
 
