@@ -65,7 +65,7 @@ def train(
     finally:
         display.close()
     statuses = tree_status(runs)
-    for text in _outdated(statuses):
+    for text in _notes(statuses):
         display.tell(text)
     display.tell(_summary(statuses))
     if as_json:
@@ -126,10 +126,12 @@ def _summary(statuses: Mapping[str, NodeStatus]) -> str:
     return f"{len(statuses) - len(left)} of {len(statuses)} nodes are trained; not {words}"
 
 
-def _outdated(statuses: Mapping[str, NodeStatus]) -> list[str]:
-    from t2i_experts.training.growing import outdated_in_words
+def _notes(statuses: Mapping[str, NodeStatus]) -> list[str]:
+    """What is wrong with nodes that may well be trained."""
+    from t2i_experts.training.growing import other_noise_in_words, outdated_in_words
 
-    return [f"{status.name}: {outdated_in_words(status)}" for status in statuses.values() if status.outdated]
+    outdated = [f"{status.name}: {outdated_in_words(status)}" for status in statuses.values() if status.outdated]
+    return outdated + [f"{status.name}: {other_noise_in_words(status)}" for status in statuses.values() if status.other_noise]
 
 
 def _document(config: RunConfig, statuses: Mapping[str, NodeStatus]) -> dict[str, Any]:
@@ -153,6 +155,7 @@ def _plain(status: NodeStatus) -> dict[str, Any]:
         "claimed_by": None if status.claim is None else {"host": status.claim.host, "pid": status.claim.pid, "since": status.claim.since},
         "failure": status.failure and status.failure.get("why"),
         "outdated": status.outdated,
+        "other_noise": status.other_noise,
         "config": str(run.config_file),
         "output": str(run.output),
         "log": str(run.log),
@@ -175,7 +178,7 @@ def _lines(statuses: Mapping[str, NodeStatus]) -> list[str]:
             ]
         )
     notes = [f"{status.name}: failed: {status.failure.get('why')}; see {status.run.log}" for status in statuses.values() if status.failure]
-    notes += _outdated(statuses)
+    notes += _notes(statuses)
     return [*tabulated(rows, left=(0, 1, 7)), *([""] if notes else []), *notes]
 
 

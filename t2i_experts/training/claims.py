@@ -40,6 +40,11 @@ class Claim:
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
 
+    @property
+    def here(self) -> bool:
+        """Whether its process can be looked at from here. Of any other one, only a touch tells that it lives."""
+        return self.place == _place()
+
 
 _UNKNOWN = Claim("an unknown host", 0, "", "", 0.0, "")
 _ATTEMPTS = 10
@@ -59,19 +64,25 @@ class HeldClaim:
         if time.monotonic() - self._touched < TOUCH_EVERY:
             return True
         self._touched = time.monotonic()
-        if not self._ours():
-            return False
-        with contextlib.suppress(FileNotFoundError):
+        try:
+            if not self._ours():
+                return False
             os.utime(self.path)
+        except FileNotFoundError:
+            return False
+        except OSError:  # a disk that is far away may not answer now and then; whose the claim is shows when it does
+            pass
         return True
 
     def release(self) -> None:
-        """Gives the claim back."""
-        if self._ours():
-            self.path.unlink(missing_ok=True)
+        """Gives the claim back; one that cannot be read goes stale by itself."""
+        with contextlib.suppress(OSError):
+            if self._ours():
+                self.path.unlink(missing_ok=True)
 
     def _ours(self) -> bool:
-        found = _read(self.path)
+        """Raises OSError if that cannot be told, FileNotFoundError if the claim is gone."""
+        found = _parse(self.path.read_bytes())
         return found is not None and found.token == self.claim.token
 
 
@@ -100,21 +111,34 @@ def living_claim(path: Path) -> Claim | None:
     return (_read(path) or _UNKNOWN) if path.exists() and _alive(path) else None
 
 
+def last_touched(path: Path) -> float | None:
+    """When the holder of a claim last gave a sign of life, by the disk's clock; None if the claim is gone."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
 def _alive(path: Path) -> bool:
     claim = _read(path)
-    if claim is not None and claim.place == _place():
+    if claim is not None and claim.here:
         return _started(claim.pid) == claim.started
-    try:
-        return _now(path.parent) - path.stat().st_mtime < STALE_AFTER
-    except FileNotFoundError:
-        return False
+    touched = last_touched(path)
+    return touched is not None and _now(path.parent) - touched < STALE_AFTER
 
 
 def _read(path: Path) -> Claim | None:
-    """None for a file that is gone, or is just being written."""
+    """None for a file that is gone, cannot be read, or is just being written."""
     try:
-        return Claim(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return _parse(path.read_bytes())
+    except OSError:
+        return None
+
+
+def _parse(text: bytes) -> Claim | None:
+    try:
+        return Claim(**json.loads(text))
+    except (ValueError, TypeError):
         return None
 
 

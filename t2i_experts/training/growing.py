@@ -18,6 +18,7 @@ from typing import Any
 from t2i_experts.experts.runs import NodeRun, write_configs
 from t2i_experts.training.checkpoints import lock_owner
 from t2i_experts.training.claims import HeldClaim, take_claim
+from t2i_experts.training.elsewhere import Elsewhere
 from t2i_experts.training.node_process import STOPPED, how_it_ended, start_process
 from t2i_experts.training.nodes import NodeStatus, State, claim_file, forget_failure, record_failure, tree_status
 
@@ -53,14 +54,15 @@ def grow(runs: Mapping[str, NodeRun], *, only: Sequence[str], slots: Sequence[Ma
     runs: of the whole tree, parents first. slots: the environment of each process that may run side by side, beyond this one's. tell: is
     given a line about what happens. show: is given, a few times a second, the nodes that are being trained here.
 
-    A node that is claimed elsewhere is left to who claims it; what descends from it is waited for. SIGTERM and SIGINT stop all processes
-    with a checkpoint, and a second SIGINT without.
+    A node that is claimed elsewhere, and whose claim gives signs of life, is left to who claims it; what descends from it is waited for.
+    SIGTERM and SIGINT stop all processes with a checkpoint, and a second SIGINT without.
 
-    Raises ValueError for a node whose parent is not trained and is trained by nobody.
+    Raises ValueError for a node whose parent is not trained and is trained by nobody, and for one whose run is of another noise.
     """
-    write_configs(runs)
     statuses = tree_status(runs)
+    _refuse_other_noise(statuses)
     _refuse_orphans(statuses, only)
+    write_configs(runs)
     grower = _Grower(runs, [name for name in runs if name in only], slots, tell)
     for status in statuses.values():
         if status.name in only and status.state is State.TRAINED:
@@ -76,6 +78,7 @@ def grow(runs: Mapping[str, NodeRun], *, only: Sequence[str], slots: Sequence[Ma
                 time.sleep(_TURN_EVERY)
         finally:
             grower.end()
+        grower.blame_others()
         grower.growth.stopped_by = signals.first
     return grower.growth
 
@@ -86,6 +89,20 @@ def outdated_in_words(status: NodeStatus) -> str:
         f"its parent {status.run.node.parent} has other weights now than those that it began with; to train it anew, remove "
         f"{status.run.output}"
     )
+
+
+def other_noise_in_words(status: NodeStatus) -> str:
+    """What is wrong with a node whose run was of another noise than the plan has for it, and what to do about it."""
+    return (
+        f"its run is of other noise than the plan's ({status.other_noise}); take the change back, call the node otherwise, or, to train it "
+        f"anew, remove {status.run.output}"
+    )
+
+
+def _refuse_other_noise(statuses: Mapping[str, NodeStatus]) -> None:
+    for status in statuses.values():
+        if status.other_noise is not None:
+            raise ValueError(f"{status.name}: {other_noise_in_words(status)}")
 
 
 def _refuse_orphans(statuses: Mapping[str, NodeStatus], only: Collection[str]) -> None:
@@ -115,6 +132,7 @@ class _Grower:
         self.ended: set[str] = set()  # that stopped by themselves before their end, as after max_minutes
         self.told: dict[str, str] = {}
         self.statuses: Mapping[str, NodeStatus] = {}
+        self.elsewhere = Elsewhere()
         self._looked = -math.inf
 
     def turn(self, signals: _Signals) -> bool:
@@ -135,7 +153,7 @@ class _Grower:
             self.waiting.pop(name).release()
         for name in self.wanted:
             self._consider(self.statuses[name])
-        return bool(self.children or self.waiting) or any(self._hopes(name) for name in self.wanted)
+        return bool(self.children or self.waiting) or self._outlived() or any(self._hopes(name) for name in self.wanted)
 
     def at_work(self) -> list[NodeStatus]:
         """The nodes that are being trained here."""
@@ -155,12 +173,25 @@ class _Grower:
         """Whether this process will not train the node (any more)."""
         return self.statuses[name].state is State.TRAINED or name in self.growth.failed or name in self.ended
 
+    def blame_others(self) -> None:
+        """Counts the nodes that failed elsewhere and without which some that were wanted cannot begin."""
+        for name in [name for name in self.wanted if self.statuses and not self._settled(name)]:
+            parent = self.statuses[name].run.node.parent
+            while parent is not None:
+                self._note_failure(self.statuses[parent])
+                parent = self.statuses[parent].run.node.parent
+
+    def _outlived(self) -> bool:
+        """Whether the last look has been found out of date."""
+        return self._looked == -math.inf
+
     def _hopes(self, name: str) -> bool:
-        """Whether a node waits for one that is at work elsewhere."""
-        parent = self.statuses[name].run.node.parent
-        if self._settled(name) or self._startable(name) or parent is None:
-            return False
-        return not self._settled(parent) and (self._elsewhere(parent) is not None or self._hopes(parent))
+        """Whether a node may still come to be trained here: its parent is at work elsewhere, or who claims it may be dead."""
+        status = self.statuses[name]
+        if self._settled(name) or self._startable(name) or status.run.node.parent is None:
+            return not self._settled(name) and self.elsewhere.silent(status)
+        parent = self.statuses[status.run.node.parent]
+        return not self._settled(parent.name) and (self.elsewhere.at_work(parent) or self._hopes(parent.name))
 
     def _startable(self, name: str) -> bool:
         """Whether nothing but a free slot and the claim is missing."""
@@ -168,19 +199,10 @@ class _Grower:
         parent = status.run.node.parent
         return bool(status.images_seen) or parent is None or self.statuses[parent].state is State.TRAINED
 
-    def _elsewhere(self, name: str) -> str | None:
-        """Who trains a node, if not this process."""
-        status = self.statuses[name]
-        if name in self.children or name in self.waiting:
-            return None
-        return str(status.claim) if status.claim is not None else lock_owner(status.run.output)
-
     def _consider(self, status: NodeStatus) -> None:
         """Starts the node if it can be, and tells once why not if somebody else is at it."""
         name = status.name
-        if status.failure is not None and name not in self.growth.failed:  # since this process began, or it would be forgotten
-            self.growth.failed[name] = str(status.failure.get("why"))
-            self._tell(name, f"failed elsewhere: {status.failure.get('why')}")
+        self._note_failure(status)  # since this process began, or it would be forgotten
         if self._settled(name) or name in self.children or not self.free or not self._startable(name):
             return
         held = self.waiting.pop(name, None)
@@ -202,8 +224,14 @@ class _Grower:
             return
         if tree_status(self.runs)[name].state is State.TRAINED:  # between the look and the claim
             held.release()
+            self._looked = -math.inf
             return
         self._start(status, held)
+
+    def _note_failure(self, status: NodeStatus) -> None:
+        if status.failure is not None and status.name not in self.growth.failed:
+            self.growth.failed[status.name] = str(status.failure.get("why"))
+            self._tell(status.name, f"failed elsewhere: {status.failure.get('why')}")
 
     def _start(self, status: NodeStatus, claim: HeldClaim) -> None:
         run, slot = status.run, self.free.pop(0)

@@ -10,11 +10,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from t2i_experts.config import NoiseConfig, differences, from_plain, to_plain
 from t2i_experts.experts.runs import NodeRun
 from t2i_experts.shards.format import write_atomically
 from t2i_experts.training.checkpoints import checkpoints, read_facts
 from t2i_experts.training.claims import Claim, living_claim
 from t2i_experts.training.history import History, read_events
+
+_ATTEMPTS = 5
+_AGAIN_AFTER = 0.2
+"""Seconds between two attempts to read the newest checkpoint."""
 
 
 class State(StrEnum):
@@ -42,6 +47,7 @@ class NodeStatus:
     claim: Claim | None
     failure: Mapping[str, Any] | None
     outdated: bool
+    other_noise: str | None = None
 
     @property
     def name(self) -> str:
@@ -63,32 +69,45 @@ def tree_status(runs: Mapping[str, NodeRun]) -> dict[str, NodeStatus]:
     found: dict[str, NodeStatus] = {}
     weights: dict[str, str | None] = {}  # of a node's model, as its newest checkpoint tells
     for run in runs.values():
+        claim = living_claim(claim_file(run))  # before all else: once a claim was given back, what was done under it is there to be seen
         facts = _newest_facts(run.output)
         weights[run.name] = facts.get("model")
         seen, failure = facts.get("images_seen", 0), _failure(run)
         parent = found.get(run.node.parent or "")
         ready = parent is None or parent.state is State.TRAINED
         if facts and seen >= run.node.images and _model_images(run.model) == seen:
-            state = State.TRAINED
+            state, failure = State.TRAINED, None  # after a failure, by hand
         elif failure is not None:
             state = State.FAILED
         else:
             state = State.PROGRESS if facts else State.READY if ready else State.WAITING
         began_with = (facts.get("initial") or {}).get("fingerprint")
         outdated = parent is not None and ready and None not in (began_with, weights[parent.name]) and began_with != weights[parent.name]
-        found[run.name] = NodeStatus(run, state, seen, living_claim(claim_file(run)), failure, outdated)
+        found[run.name] = NodeStatus(run, state, seen, claim, failure, outdated, _other_noise(run, facts))
     return found
+
+
+def _other_noise(run: NodeRun, facts: Mapping[str, Any]) -> str | None:
+    """In what the noise of a run differs from that of its node, whose place in the tree may have changed since it was trained."""
+    old = facts.get("config", {}).get("stage", {}).get("noise")
+    if old is None:
+        return None
+    known = to_plain(from_plain(NoiseConfig, old))  # what its version did not know is as by default
+    return "; ".join(differences(known, to_plain(run.config.stage.noise))) or None
 
 
 def _newest_facts(output: Path) -> dict[str, Any]:
     """Of a run's newest checkpoint; nothing if there is none."""
-    while newest := checkpoints(output)[-1:]:
+    for attempt in reversed(range(_ATTEMPTS)):
+        newest = checkpoints(output)[-1:]
+        if not newest:
+            break
         try:
             return read_facts(newest[0])
         except ValueError:
-            if newest[0].is_dir():
+            if not attempt:
                 raise
-            # its run has just taken it back
+            time.sleep(_AGAIN_AFTER)  # its run has just taken it back, which a disk that is far away may show a little later
     return {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -94,6 +95,21 @@ def test_its_holder_touches_it_and_notices_when_it_was_taken_away(tmp_path: Path
     assert not mine.touch()
     path.unlink()
     assert not mine.touch()
+
+
+def test_a_disk_that_does_not_answer_takes_no_claim_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has lost its claim kills what it trains."""
+    monkeypatch.setattr(claims, "TOUCH_EVERY", 0.0)
+    mine = held(tmp_path / "a.claim")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    for owner, name in ((Path, "read_bytes"), (os, "utime")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            assert mine.touch()
+    assert living_claim(mine.path) == mine.claim
 
 
 def test_a_claim_that_is_just_being_written_is_anothers(tmp_path: Path) -> None:

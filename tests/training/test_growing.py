@@ -27,7 +27,7 @@ from t2i_experts.training import growing, node_process
 from t2i_experts.training.checkpoints import checkpoints
 from t2i_experts.training.claims import HeldClaim, living_claim, take_claim
 from t2i_experts.training.growing import Growth, grow
-from t2i_experts.training.nodes import State, claim_file, tree_status
+from t2i_experts.training.nodes import State, claim_file, record_failure, tree_status
 
 Runs = Mapping[str, NodeRun]
 
@@ -62,6 +62,11 @@ trace("begin")
 if name in os.environ.get("FAILING", "").split():
     print("error: there is no such thing", file=sys.stderr)
     sys.exit(3)
+together = os.environ.get("TOGETHER", "").split()
+deadline = time.monotonic() + 60
+while name in together and not all(f'"begin", "{other}"' in open(os.environ["TRACE"]).read() for other in together):
+    assert time.monotonic() < deadline, "the others do not begin"
+    time.sleep(0.01)
 found = sorted(output.glob("checkpoints/[0-9]*/state.json"))
 if found:
     state = json.loads(found[-1].read_text())
@@ -157,7 +162,7 @@ def test_parents_come_before_children_and_nothing_is_trained_twice(runs: Runs) -
 
 
 def test_side_by_side_each_has_its_own_gpu(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STEP", "0.05")
+    monkeypatch.setenv("TOGETHER", "E^1_0 complement")  # each waits for the other
     slots = [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]
     growth, told = grown(runs, slots=slots)
     assert sorted(growth.trained) == sorted(ORDER) and weights(runs) == expected()
@@ -229,6 +234,93 @@ def test_a_node_that_is_claimed_is_left_alone_and_what_descends_from_it_waited_f
     growth = grow(runs, only=list(runs), slots=[{}], tell=tell, show=lambda nodes: None)
     assert growth.trained == ["E^1_1", "E^2_3", "E^1_0", "E^2_0"], "the complement, which nothing waits for, is left to who claims it"
     assert f"complement: left to process {os.getpid()} on {os.uname().nodename}, which is training it" in told
+
+
+def far_away(path: Path) -> None:
+    """Makes a claim that of a process which cannot be looked at."""
+    held = take_claim(path)
+    assert isinstance(held, HeldClaim)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"host": "far", "place": "far away", "pid": 1}))
+
+
+def test_a_node_whose_claim_gives_no_sign_of_life_is_waited_for_and_taken_over(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a host was lost, when the same command runs on another one: it must not end with nothing done."""
+    monkeypatch.setattr("t2i_experts.training.claims.STALE_AFTER", 1.0)
+    grown(runs, only=["root"])
+    far_away(claim_file(runs["complement"]))
+    growth, told = grown(runs, only=["complement"])
+    assert growth.trained == ["complement"]
+    assert "complement: left to process 1 on far, which is training it" in told
+    assert "complement: taken over from a process that has ended" in told
+
+
+def test_a_node_whose_claim_gives_a_sign_of_life_is_not_waited_for(runs: Runs) -> None:
+    grown(runs, only=["root"])
+    path = claim_file(runs["complement"])
+    far_away(path)
+    timer = threading.Timer(0.3, lambda: os.utime(path, ns=(0, path.stat().st_mtime_ns + 1000)))
+    timer.start()
+    growth, _ = grown(runs, only=["complement"])
+    assert growth == Growth() and timer.finished.is_set() and path.exists()
+
+
+def test_a_parent_that_was_finished_elsewhere_may_be_seen_late(runs: Runs) -> None:
+    """Its claim is gone before a disk that is far away shows its last checkpoint."""
+    grown(runs, only=["root"])
+    root, hidden = runs["root"].output, runs["root"].output / "hidden"
+    (root / "checkpoints").rename(hidden)
+    claim = take_claim(claim_file(runs["root"]))
+    assert isinstance(claim, HeldClaim)
+    threading.Timer(0.3, claim.release).start()
+    threading.Timer(0.8, lambda: hidden.rename(root / "checkpoints")).start()
+    assert grown(runs, only=["E^1_0"])[0].trained == ["E^1_0"]
+
+
+def test_what_was_done_under_a_claim_is_seen_once_it_is_given_back(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the other does while this process looks."""
+    grown(runs, only=["root"])
+    root, hidden = runs["root"].output, runs["root"].output / "hidden"
+    (root / "checkpoints").rename(hidden)
+
+    def just_given_back(path: Path) -> None:
+        if hidden.exists() and path == claim_file(runs["root"]):
+            hidden.rename(root / "checkpoints")
+
+    monkeypatch.setattr("t2i_experts.training.nodes.living_claim", just_given_back)
+    assert tree_status(runs)["root"].state is State.TRAINED
+
+
+def test_a_parent_that_fails_elsewhere_counts_as_failed(runs: Runs) -> None:
+    grown(runs, only=["root"])
+    claim = take_claim(claim_file(runs["E^1_0"]))
+    assert isinstance(claim, HeldClaim)
+
+    def fail() -> None:
+        record_failure(runs["E^1_0"], "the disk was full")
+        claim.release()
+
+    threading.Timer(0.3, fail).start()
+    growth, told = grown(runs, only=["E^2_0"])
+    assert growth == Growth(failed={"E^1_0": "the disk was full"}) and "E^1_0: failed elsewhere: the disk was full" in told
+
+
+def test_a_node_that_was_trained_by_hand_after_its_failure_has_not_failed(runs: Runs) -> None:
+    grown(runs, only=["root"])
+    record_failure(runs["root"], "the disk was full")
+    status = tree_status(runs)["root"]
+    assert status.state is State.TRAINED and status.failure is None
+
+
+def test_a_node_of_other_noise_than_the_plan_has_is_refused(runs: Runs) -> None:
+    """As after a change of the leaves, which gives the complement another range."""
+    grown(runs)
+    newest = checkpoints(runs["complement"].output)[-1] / "state.json"
+    facts = json.loads(newest.read_text())
+    newest.write_text(json.dumps(facts | {"config": {"stage": {"noise": {"quantiles": ["1/4", "3/4"]}}}}))
+    assert tree_status(runs)["complement"].other_noise is None
+    newest.write_text(json.dumps(facts | {"config": {"stage": {"noise": {"quantiles": ["1/8", "3/4"]}}}}))
+    with pytest.raises(ValueError, match=r"complement: its run is of other .*\['1/8', '3/4'\] -> \['1/4', '3/4'\].* remove .*complement"):
+        grown(runs)
 
 
 def test_two_at_once_never_train_a_node_twice(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
