@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from t2i_experts.cli.experts_boundaries import boundaries
+from t2i_experts.cli.experts_ranks import ranks
 from t2i_experts.cli.experts_train import status, train
 from t2i_experts.cli.importing import without_collecting
 from t2i_experts.cli.options import Config, Json, Overrides, group, tabulated
@@ -193,4 +194,5 @@ def _quantile(u: Fraction) -> str:
 
 app.command()(train)
 app.command()(status)
+app.command()(ranks)
 app.command()(boundaries)
