@@ -10,18 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from t2i_experts.cascade.expert_weights import LOW_RANK
-from t2i_experts.cascade.model_folder import load_model
+from t2i_experts.cascade.model_folder import load_model, save_model
 from t2i_experts.cascade.pipeline import CascadePipeline
+from t2i_experts.cascade.stage import build_network
 from t2i_experts.cascade.weights import WEIGHTS, read_weights
-from t2i_experts.config import ResolutionSpec
+from t2i_experts.config import ResolutionSpec, SamplingConfig, load_config
 from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.experts.ensemble import ExpertEnsemble
 from t2i_experts.experts.lowrank import Decomposition
 from t2i_experts.experts.lowrank_file import load_difference
-from t2i_experts.experts.states import count_bytes
-from tests.cli.test_experts_assemble import Runs, root, runs  # noqa: F401
+from t2i_experts.experts.lowrank_training import add_low_rank, plain_state, trained_difference
+from t2i_experts.experts.runs import node_runs
+from t2i_experts.experts.states import count_bytes, fingerprint
+from tests.cli.test_experts_assemble import FINGERPRINTS, Runs, root, runs  # noqa: F401
 
 CLI = Callable[..., tuple[int, str, str]]
 LEAVES = {"E^2_0": ["0", "1/4"], "complement": ["1/4", "3/4"], "E^2_3": ["3/4", "1"]}
@@ -110,3 +114,63 @@ def test_options_that_cannot_be(tree: Runs, cli: CLI) -> None:
         code, out, err = cli("experts", "assemble", tree.config, *options)
         assert (code, out) == (2, "") and err.startswith(f"error: {message}")
     assert not (tree.output / "ensemble").exists()
+
+
+def write_low_rank(tree: Runs, name: str, parent: Path, rank: int, seed: int) -> Path:
+    """A node's model as training at low rank from a parent's leaves it."""
+    stage = replace(tree.stage, noise=replace(tree.stage.noise, quantiles=LEAVES.get(name, ["0", "1/2"])))
+    weights = read_weights(parent / "base64" / WEIGHTS)
+    network = build_network(stage)
+    network.load_state_dict(weights)
+    torch.manual_seed(seed)
+    add_low_rank(network, rank)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    state, folder = network.state_dict(), tree.output / "nodes" / name / "model"
+    facts = {"images_seen": 32, "dataset_hash": "d", **FINGERPRINTS}
+    trained = trained_difference(state, fingerprint(weights))
+    conditioner = tree.model.conditioner
+    save_model(folder, stage, SamplingConfig(), plain_state(state), conditioner, provenance=facts, trained=trained)
+    return folder
+
+
+def test_what_was_trained_at_low_rank_is_taken_as_it_was_trained(tree: Runs, cli: CLI, tmp_path: Path) -> None:
+    assembled(cli, tree, tmp_path / "before")
+    node = write_low_rank(tree, "E^2_0", tree.output / "model", 3, seed=5)
+    parent = write_low_rank(tree, "E^1_1", tree.output / "model", 2, seed=6)
+    write_low_rank(tree, "E^2_3", parent, 2, seed=7)
+    document = assembled(cli, tree, tmp_path / "model")
+    kinds = {name: one["kind"] for name, one in document["experts"].items()}
+    assert kinds == {"E^2_0": "trained", "complement": "whole", "E^2_3": "whole"}, "the last one's root is another node"
+    stored, written = (load_difference(path / LOW_RANK)[0] for path in (tmp_path / "model/base64/experts/E^2_0", node / "base64"))
+    for name, factors in written.factors.items():
+        assert torch.equal(factors.up, stored.factors[name].up) and torch.equal(factors.down, stored.factors[name].down)
+    assert document["experts"]["E^2_0"]["error"] == 0 and document["experts"]["E^2_0"]["ranks"] == [3, 3, 3]
+    ensemble, alone = (load_model(folder).stages["base64"].denoiser for folder in (tmp_path / "model", node))
+    assert isinstance(ensemble, ExpertEnsemble) and isinstance(ensemble.networks[0], EDMPrecond) and isinstance(alone, EDMPrecond)
+    assert all(torch.equal(tensor, alone.state_dict()[name]) for name, tensor in ensemble.networks[0].state_dict().items())
+
+    for rank, kind in ((3, "trained"), (2, "cut")):
+        document = assembled(cli, tree, tmp_path / "model", "--rank", str(rank), "--dtype", "bfloat16")
+        assert [document["experts"][name]["kind"] for name in LEAVES] == [kind, "cut", "cut"]
+    spent = assembled(cli, tree, tmp_path / "model", "--bytes", str(written.bytes + 5000))
+    assert spent["experts"]["E^2_0"]["kind"] == "trained" and sum(one["bytes"] for one in spent["experts"].values()) <= written.bytes + 5000
+
+    weights = node / "base64" / WEIGHTS
+    save_file({name: tensor + 1 for name, tensor in read_weights(weights).items()}, weights)
+    code, _, err = cli("experts", "assemble", tree.config)
+    assert code == 2 and f"{node / 'base64' / LOW_RANK}: with the root it does not give the weights beside it" in err
+
+
+def test_nodes_are_trained_at_a_rank_by_an_override(tree: Runs) -> None:
+    overrides = ["experts.overrides=[training.rank=4]", "experts.nodes={E^2_0: {overrides: [training.rank=0]}}"]
+    nodes = node_runs(load_config(tree.config, overrides))
+    assert {name: one.config.training.rank for name, one in nodes.items()} == {
+        "root": 0,
+        "E^1_0": 4,
+        "E^2_0": 0,
+        "complement": 4,
+        "E^1_1": 4,
+        "E^2_3": 4,
+    }
