@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from t2i_experts.cascade.codec import load_codec
+from t2i_experts.cascade.cutting import Limit, StoredSize, cut_experts, read_trained
 from t2i_experts.cascade.expert_folders import ExpertState, Leaf, digest_of_experts, refuse_stranger
 from t2i_experts.cascade.files import naming
 from t2i_experts.cascade.model_folder import INDEX, read_configs, read_provenance, save_ensemble
@@ -22,6 +23,7 @@ from t2i_experts.conditioning.conditioner import TextConditioner
 from t2i_experts.config import RunConfig, StageConfig
 from t2i_experts.experts.cover import Covered, cover
 from t2i_experts.experts.interval import NoiseInterval
+from t2i_experts.experts.lowrank import LowRankDifference
 from t2i_experts.experts.plan import Node, TreePlan
 
 NODES = "nodes"
@@ -73,29 +75,54 @@ def gather(config: RunConfig, *, early: bool = False) -> Assembly:
     return Assembly(covered, experts, missing, root)
 
 
-def write_assembly(assembly: Assembly, config: RunConfig, out: Path, dtype: torch.dtype | None = None) -> str:
-    """Writes the ensemble as a model folder, and returns its fingerprint. dtype: of the weights on the disk; None: as they are.
+def write_assembly(
+    assembly: Assembly, config: RunConfig, out: Path, dtype: torch.dtype | None = None, limit: Limit | None = None
+) -> tuple[str, dict[str, StoredSize]]:
+    """Writes the ensemble as a model folder, and returns its fingerprint, and what each expert costs on the disk.
 
-    Raises ValueError if `out` is something else than an earlier ensemble, and for networks that do not fit their config.
+    dtype: of the weights on the disk; None: as they are. limit: for experts as low-rank differences; None: those alone that were trained
+    so, from the root.
+
+    Raises ValueError if `out` is something else than an earlier ensemble, for networks that do not fit their config, and for a limit that
+    cannot be kept.
     """
     refuse_other_folder(out)
     root = assembly.root
+    states = read_states(assembly)
+    trained = {name: one for name in assembly.experts if (one := trained_difference(assembly, name, states)) is not None}
+    whole = {name: states[name] for name in assembly.experts}
+    stored_root, experts, sizes = cut_experts(states[root.node.name], whole, trained, limit or Limit(), dtype)
     leaves = [Leaf(one.leaf.name, one.leaf.interval, one.expert.name) for one in assembly.covered]
     save_ensemble(
         out,
         root.stage,
         config.sampling,
         leaves,
-        {name: _state(expert) for name, expert in assembly.experts.items()},
+        experts,
         TextConditioner.from_config(root.stage.encoders, root=root.folder),
         codec=load_codec(root.stage, root=root.folder),
         dtype=dtype,
+        root=stored_root,
         provenance={
             **root.provenance,
             "experts": {name: {**expert.provenance, "parent": expert.node.parent} for name, expert in assembly.experts.items()},
         },
     )
-    return digest_of_experts(out / root.stage.name, leaves)[:16]
+    return digest_of_experts(out / root.stage.name, leaves)[:16], sizes
+
+
+def read_states(assembly: Assembly) -> dict[str, ExpertState]:
+    """The whole weights of the root and of all experts, mapped into memory. Raises ValueError for networks that do not fit their config."""
+    nodes = {assembly.root.node.name: assembly.root, **assembly.experts}
+    return {name: _state(node) for name, node in nodes.items()}
+
+
+def trained_difference(assembly: Assembly, name: str, states: Mapping[str, ExpertState]) -> LowRankDifference | None:
+    """What an expert has beyond the root, if it was trained so from the root; see `read_trained`."""
+    node = assembly.experts[name]
+    own, root = states[name].weights, states[assembly.root.node.name].weights
+    assert not isinstance(own, LowRankDifference) and not isinstance(root, LowRankDifference)
+    return read_trained(node.folder / node.stage.name, own, root)
 
 
 def refuse_other_folder(out: Path) -> None:

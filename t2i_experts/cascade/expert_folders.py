@@ -4,6 +4,9 @@ base64/config.json                  the stage, and under "experts" the leaves fr
                                     network answers, {"leaf": "E^3_0", "quantiles": ["0", "1/8"], "expert": "E^1_0"}
 base64/experts/E^1_0/config.json    one expert's network, which may be another than the stage's; noise.quantiles: what it was trained on
 base64/experts/E^1_0/diffusion_pytorch_model.safetensors    the same quantiles, and the node's name, stand in its header
+base64/experts/E^1_0/low_rank.safetensors                   or this: the difference from the root, whose weights base64/ then holds as well
+
+`expert_weights` has the two kinds of files; whole and low-rank experts may stand side by side.
 """
 
 from __future__ import annotations
@@ -17,11 +20,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2i_experts.cascade.expert_weights import (
+    LOW_RANK,
+    RootWeights,
+    digest_of_expert,
+    is_low_rank,
+    load_expert,
+    network_bytes,
+    read_difference,
+    write_expert,
+)
 from t2i_experts.cascade.files import naming, read_json, write_json
-from t2i_experts.cascade.weights import WEIGHTS, digest, load_network, read_about, read_weights, write_weights
+from t2i_experts.cascade.one_network import SharedNetwork, SharingExpert
+from t2i_experts.cascade.weights import WEIGHTS, cast, read_weights, write_weights
 from t2i_experts.config import EncoderConfig, NoiseConfig, StageConfig, check_node_name, check_stage, differences, from_plain, to_plain
 from t2i_experts.experts.ensemble import ExpertEnsemble
 from t2i_experts.experts.interval import NoiseInterval
+from t2i_experts.experts.lowrank import LowRankDifference, refuse_other_root
+from t2i_experts.experts.states import State
 from t2i_experts.types import Denoiser
 
 EXPERTS = "experts"
@@ -41,10 +57,11 @@ class Leaf:
 
 @dataclass(frozen=True)
 class ExpertState:
-    """What is stored of an expert. config: its network, and in noise.quantiles what it was trained on. weights: of its `EDMPrecond`."""
+    """What is stored of an expert. config: its network, and in noise.quantiles what it was trained on. weights: of its `EDMPrecond`, or
+    what these have beyond the root's, which then has the same network."""
 
     config: StageConfig
-    weights: Mapping[str, Tensor]
+    weights: State | LowRankDifference
 
 
 def stage_tree(stage: StageConfig, leaves: Sequence[Leaf] = ()) -> dict[str, Any]:
@@ -55,24 +72,39 @@ def stage_tree(stage: StageConfig, leaves: Sequence[Leaf] = ()) -> dict[str, Any
 
 
 def save_experts(
-    folder: Path, stage: StageConfig, leaves: Sequence[Leaf], experts: Mapping[str, ExpertState], dtype: torch.dtype | None
+    folder: Path,
+    stage: StageConfig,
+    leaves: Sequence[Leaf],
+    experts: Mapping[str, ExpertState],
+    dtype: torch.dtype | None,
+    root: State | None = None,
 ) -> None:
-    """Writes the networks of all experts into the folder of a stage, whose config they must fit.
+    """Writes the networks of all experts into the folder of a stage, whose config they must fit, and the root's if it is given.
 
-    Raises ValueError for leaves that do not partition the noise, experts that there are not or that answer for nothing, and an expert that
-    differs from the stage in more than its network and its part of the noise.
+    dtype: that whole experts and the root are cast to; differences are from the root as it is stored then, and stay as they are.
+
+    Raises ValueError for leaves that do not partition the noise, experts that there are not or that answer for nothing, an expert that
+    differs from the stage in more than its network and its part of the noise, and differences from another root.
     """
     _ensemble(leaves, {name: _Nobody() for name in experts})
     if idle := experts.keys() - {leaf.expert for leaf in leaves}:
         raise ValueError(f"experts that answer for no noise: {', '.join(sorted(idle))}")
+    if root is not None:
+        root = cast(root, dtype)
+        write_weights(folder / WEIGHTS, root)
     for name, expert in experts.items():
         check_node_name(name, EXPERTS)
         refuse_stranger(expert.config, stage, name)
         config = _beside(stage, expert.config)
         own = folder / EXPERTS / name
         own.mkdir(parents=True)
+        if isinstance(expert.weights, LowRankDifference):
+            if root is None or config.network != stage.network:
+                raise ValueError(f"the low-rank expert {name} needs a root, of the same network, that it differs from")
+            with naming(own / LOW_RANK):
+                refuse_other_root(root, expert.weights)
         about = {"node": name, "quantiles": " to ".join(_quantiles(NoiseInterval.from_config(config.noise)))}
-        write_weights(own / WEIGHTS, expert.weights, dtype=dtype, about=about)
+        write_expert(own, expert.weights, about, dtype)
         write_json(own / CONFIG, stage_tree(config))
 
 
@@ -92,27 +124,70 @@ def read_leaves(path: Path, tree: Mapping[str, Any], noise: NoiseConfig) -> tupl
 
 
 def load_experts(
-    folder: Path, stage: StageConfig, leaves: Sequence[Leaf], device: torch.device | str, dtype: torch.dtype
+    folder: Path,
+    stage: StageConfig,
+    leaves: Sequence[Leaf],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    one_network: bool = False,
 ) -> tuple[ExpertEnsemble, str]:
     """The ensemble in the folder of a stage, each network once, and a fingerprint of its weights and of who answers for what.
+
+    one_network: the low-rank experts share one network, into which each writes its weights when it is to evaluate; see `one_network`.
 
     Raises ValueError naming the file for a network that is not whole, or not what config.json says of it.
     """
     networks: dict[str, Denoiser] = {}
     digests: dict[str, str] = {}
+    root, shared = RootWeights(folder), None
     for name in dict.fromkeys(leaf.expert for leaf in leaves):
-        path = folder / EXPERTS / name / CONFIG
-        config = _read_config(path, stage, name)
-        networks[name], digests[name] = load_network(config, path.with_name(WEIGHTS), device, dtype)
-        with naming(path.with_name(WEIGHTS)):
-            _refuse_mistaken(read_about(path.with_name(WEIGHTS)), name, NoiseInterval.from_config(config.noise))
+        own = folder / EXPERTS / name
+        config = _read_config(own / CONFIG, stage, name)
+        low_rank = is_low_rank(own)
+        if low_rank and one_network:
+            shared = shared or SharedNetwork(config, root, device, dtype)
+            difference, about, digests[name] = read_difference(own, root)
+            networks[name] = SharingExpert(shared, difference.to(torch.device(device)))
+        else:
+            networks[name], digests[name], about = load_expert(config, own, root, device, dtype)
+        with naming(own / (LOW_RANK if low_rank else WEIGHTS)):
+            _refuse_mistaken(about, name, NoiseInterval.from_config(config.noise))
     return _ensemble(leaves, networks), _digest(leaves, digests)
+
+
+def bytes_of_experts(folder: Path, leaves: Sequence[Leaf], dtype: torch.dtype, *, one_network: bool = False) -> int:
+    """What the networks that `load_experts` gives take in memory. Raises ValueError for files that cannot be read."""
+    root = RootWeights(folder)
+    folders = {leaf.expert: folder / EXPERTS / leaf.expert for leaf in leaves}
+    low_rank = [own for own in folders.values() if is_low_rank(own)] if one_network else []
+    total = sum(network_bytes(own, root, dtype) for own in folders.values() if own not in low_rank)
+    if low_rank:
+        total += network_bytes(low_rank[0], root, dtype) + sum(read_difference(own, root)[0].bytes for own in low_rank)
+    return total
+
+
+def has_low_rank(folder: Path, leaves: Sequence[Leaf]) -> bool:
+    """Whether any expert in the folder of a stage is stored as a difference from the root."""
+    return any(is_low_rank(folder / EXPERTS / leaf.expert) for leaf in leaves)
 
 
 def digest_of_experts(folder: Path, leaves: Sequence[Leaf]) -> str:
     """The fingerprint that `load_experts` gives, without building the networks."""
-    files = {leaf.expert: folder / EXPERTS / leaf.expert / WEIGHTS for leaf in leaves}
-    return _digest(leaves, {name: digest(read_weights(path)) for name, path in files.items()})
+    root = RootWeights(folder)
+    return _digest(leaves, {leaf.expert: digest_of_expert(folder / EXPERTS / leaf.expert, root) for leaf in leaves})
+
+
+def read_experts(folder: Path, stage: StageConfig, leaves: Sequence[Leaf]) -> tuple[dict[str, ExpertState], State | None]:
+    """What `save_experts` was given: the experts as they are stored, and the root if there is any difference from it."""
+    root = RootWeights(folder)
+    experts = {}
+    for name in dict.fromkeys(leaf.expert for leaf in leaves):
+        own = folder / EXPERTS / name
+        low_rank = is_low_rank(own)
+        weights = read_difference(own, root)[0] if low_rank else read_weights(own / WEIGHTS)
+        experts[name] = ExpertState(_read_config(own / CONFIG, stage, name), weights)
+    return experts, root.state if has_low_rank(folder, leaves) else None
 
 
 def refuse_stranger(config: StageConfig, stage: StageConfig, name: str) -> None:

@@ -3,7 +3,9 @@
 model_index.json                    version, stages, sampling defaults, provenance
 base64/config.json                  the stage: network, noise, encoders' widths
 base64/diffusion_pytorch_model.safetensors
-base64/experts/E^3_0/ ...           instead of these weights, those of an ensemble's experts: see `expert_folders`
+base64/experts/E^3_0/ ...           instead of these weights, those of an ensemble's experts, or beside them, as low-rank differences from
+                                    them: see `expert_folders`
+base64/low_rank.safetensors         of a run with training.rank: the same weights as the trained difference from those that it began with
 t5/ clip/                           the encoders, which config.json names ./t5 and ./clip; public weights it names as the hub does
 vae/                                the codec in the same way, ./vae, if there is one that has files
 """
@@ -26,11 +28,14 @@ from t2i_experts.cascade.expert_folders import (
     EXPERTS,
     ExpertState,
     Leaf,
+    bytes_of_experts,
+    has_low_rank,
     load_experts,
     read_leaves,
     save_experts,
     stage_tree,
 )
+from t2i_experts.cascade.expert_weights import LOW_RANK
 from t2i_experts.cascade.files import naming, read_json, write_json
 from t2i_experts.cascade.new_folder import new_folder
 from t2i_experts.cascade.stage import Stage
@@ -49,7 +54,10 @@ from t2i_experts.config import (
     to_plain,
 )
 from t2i_experts.config.rules import CODEC_FOLDER
+from t2i_experts.experts.lowrank import LowRankDifference
+from t2i_experts.experts.lowrank_file import save_difference
 from t2i_experts.experts.sampling import check_leaves
+from t2i_experts.experts.states import State
 from t2i_experts.types import Denoiser
 
 INDEX = "model_index.json"
@@ -115,6 +123,7 @@ def save_model(
     codec: Codec = PIXEL,
     dtype: torch.dtype | None = None,
     provenance: Mapping[str, Any] | None = None,
+    trained: LowRankDifference | None = None,
 ) -> None:
     """Writes a model folder of one stage with one network, and puts it in the place of `folder` once all of it is on the disk.
 
@@ -123,10 +132,13 @@ def save_model(
 
     sampling: without its settings of experts, which are an ensemble's. weights: the state of the stage's `EDMPrecond`; floating-point
     tensors are cast to `dtype` if one is given. codec: the stage's. provenance: free facts about the training, kept in model_index.json.
+    trained: the same weights as the low-rank difference that was trained, kept beside them.
     """
 
     def write(own: Path, stored: StageConfig) -> None:
         write_weights(own / WEIGHTS, weights, dtype=dtype)
+        if trained is not None:
+            save_difference(own / LOW_RANK, trained)
 
     _save(folder, stage, replace(sampling, experts={}), (), write, conditioner, codec, provenance)
 
@@ -142,17 +154,18 @@ def save_ensemble(
     codec: Codec = PIXEL,
     dtype: torch.dtype | None = None,
     provenance: Mapping[str, Any] | None = None,
+    root: State | None = None,
 ) -> None:
     """Writes a model folder of one stage with an ensemble, as `save_model` does.
 
     leaves: a partition of all noise. experts: all that these name, and no others; apart from its network, its part of the noise and how
-    often training drops encoders, each must have the stage's config. Raises ValueError where that is not so, and for settings of experts
-    that there are not; nothing is written then.
+    often training drops encoders, each must have the stage's config. root: what low-rank experts differ from, once it is cast to `dtype`.
+    Raises ValueError where that is not so, and for settings of experts that there are not; nothing is written then.
     """
     check_leaves(sampling, {leaf.name: leaf.interval for leaf in leaves})
 
     def write(own: Path, stored: StageConfig) -> None:
-        save_experts(own, stored, leaves, experts, dtype)
+        save_experts(own, stored, leaves, experts, dtype, root)
 
     _save(folder, stage, sampling, leaves, write, conditioner, codec, provenance)
 
@@ -202,21 +215,25 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     networks_on: Callable[[TextConditioner, int], torch.device | str] | None = None,
+    one_network: bool = False,
 ) -> LoadedModel:
     """Reads a model folder (see `find_model`) onto `device`, its networks in `dtype`; encoders and codec keep the dtype of their config.
 
     networks_on: given the encoders, which are on the device then, and the bytes of all networks, says which device these are to be on.
-    Raises ValueError naming the file and the field for a folder that is not whole.
+    one_network: see `load_experts`. Raises ValueError naming the file and the field for a folder that is not whole, and for one without
+    low-rank experts that are to share a network.
     """
     folder = find_model(model)
     config, sampling, leaves = read_configs(folder)
     own = folder / config.name
+    if one_network and not has_low_rank(own, leaves):
+        raise ValueError(f"one_network=True needs low-rank experts, and {folder} has none; leave it out")
     codec = load_codec(config, root=folder, device=device)
     conditioner = TextConditioner.from_config(config.encoders, root=folder, device=device)
     if networks_on is not None:
-        files = {own / EXPERTS / leaf.expert / WEIGHTS for leaf in leaves} or {own / WEIGHTS}
-        device = networks_on(conditioner, sum(stored_bytes(path, dtype) for path in files))
-    denoiser, found = _load_denoiser(own, config, leaves, device, dtype)
+        size = bytes_of_experts(own, leaves, dtype, one_network=one_network) if leaves else stored_bytes(own / WEIGHTS, dtype)
+        device = networks_on(conditioner, size)
+    denoiser, found = _load_denoiser(own, config, leaves, device, dtype, one_network)
     stage = Stage(config, denoiser, sampling, codec, {leaf.name: leaf.interval for leaf in leaves})
     provenance = read_provenance(folder)
     source = EMBEDDED if model is None else str(model)
@@ -281,7 +298,9 @@ def read_denoiser(folder: Path, device: torch.device | str) -> Denoiser:
 
 
 def _load_denoiser(
-    own: Path, config: StageConfig, leaves: Sequence[Leaf], device: torch.device | str, dtype: torch.dtype
+    own: Path, config: StageConfig, leaves: Sequence[Leaf], device: torch.device | str, dtype: torch.dtype, one_network: bool = False
 ) -> tuple[Denoiser, str]:
     """What a stage's folder holds, with its digest."""
-    return load_experts(own, config, leaves, device, dtype) if leaves else load_network(config, own / WEIGHTS, device, dtype)
+    if not leaves:
+        return load_network(config, own / WEIGHTS, device, dtype)
+    return load_experts(own, config, leaves, device, dtype, one_network=one_network)

@@ -15,6 +15,7 @@ from t2i_experts.cascade.codec import latent_shape
 from t2i_experts.cascade.device import default_device, default_dtype, open_device
 from t2i_experts.cascade.graphs import GraphedDenoiser, GraphMemory
 from t2i_experts.cascade.model_folder import LoadedModel, load_model
+from t2i_experts.cascade.one_network import SharingExpert
 from t2i_experts.cascade.picture import to_uint8
 from t2i_experts.cascade.residency import Budget, take_turns
 from t2i_experts.cascade.stage import Progress, Stage, check_shape
@@ -57,6 +58,7 @@ class CascadePipeline:
         dtype: torch.dtype | None = None,
         compile: bool = False,
         memory: int | None = None,
+        one_network: bool = False,
     ) -> CascadePipeline:
         """Loads a model folder or hub id; None is the model embedded in this package, which needs no network.
 
@@ -64,15 +66,29 @@ class CascadePipeline:
         torch.compile, at the first evaluation of each batch size and shape, which takes a minute. Compiled or not, on CUDA an evaluation
         is recorded at its first time and then replayed (`GraphedDenoiser`). memory: bytes of the device that weights may take, a codec's
         aside; None: on CUDA most of what is free, elsewhere as many as there are. Where encoders and networks need more, they take turns on
-        the device, and no evaluation is recorded (see `residency`).
-        Raises ValueError for a model that cannot be found or is not whole, and for a device that this machine lacks.
+        the device, and no evaluation is recorded (see `residency`). one_network: the low-rank experts of an ensemble share one network on
+        the device, and its weights are written anew when the expert changes (see `one_network`); the same pictures, bit for bit.
+        Raises ValueError for a model that cannot be found or is not whole, for a device that this machine lacks, for one_network without
+        low-rank experts, and with it for encoders and networks that need more memory nevertheless.
         """
         device = default_device() if device is None else open_device(device, f"device={str(device)!r}")
         dtype = dtype or default_dtype(device)
         budget, shared = Budget(device, memory), GraphMemory()
-        loaded = load_model(model, device=device, dtype=dtype, networks_on=budget.networks_on)
+        loaded = load_model(model, device=device, dtype=dtype, networks_on=budget.networks_on, one_network=one_network)
+        if one_network and budget.exceeded is not None:
+            raise ValueError(
+                f"memory={memory}: encoders and networks need more than {budget.exceeded:,} bytes, and one_network=True cannot take turns "
+                "with the encoders; leave it out, or allow more"
+            )
+
+        at_once: dict[int, Denoiser] = {}  # quick networks that several experts share, by what they are made of
 
         def quick(network: Denoiser) -> Denoiser:
+            if isinstance(network, SharingExpert):
+                own = network.shared.network
+                if id(own) not in at_once:
+                    at_once[id(own)] = quick(own)
+                return network.evaluating(at_once[id(own)])
             if compile:
                 compile_denoiser(cast(EDMPrecond, network), training=False)  # once for all experts of one shape
             return GraphedDenoiser(network, shared) if device.type == "cuda" and budget.exceeded is None else network

@@ -25,10 +25,15 @@ def write_weights(
     path: Path, weights: Mapping[str, Tensor], *, dtype: torch.dtype | None = None, about: Mapping[str, str] | None = None
 ) -> None:
     """Writes a state; the same state gives the same bytes. dtype: that floating-point tensors are cast to. about: facts for the header."""
-    tensors = {name: (t.to(dtype) if dtype and t.is_floating_point() else t).detach().cpu().contiguous() for name, t in weights.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in cast(weights, dtype).items()}
     save_file(tensors, path, metadata={"format": "pt", **(about or {})})
     if about:
         _sort_facts(path)
+
+
+def cast(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """A state with its floating-point tensors in another type; None: as they are."""
+    return {name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor for name, tensor in weights.items()}
 
 
 def _sort_facts(path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +12,7 @@ import typer
 
 from t2i_experts.cli.experts_boundaries import boundaries
 from t2i_experts.cli.experts_loss import loss
+from t2i_experts.cli.experts_ranks import ranks
 from t2i_experts.cli.experts_train import status, train
 from t2i_experts.cli.importing import without_collecting
 from t2i_experts.cli.options import Config, Json, Overrides, group, tabulated
@@ -56,29 +59,51 @@ def assemble(
         str | None, typer.Option(help="float32 or bfloat16: of the weights on the disk; default: as they are.", show_default=False)
     ] = None,
     early: Annotated[bool, typer.Option("--early", help="Also take nodes that are still to see some of their images.")] = False,
+    rank: Annotated[
+        str | None, typer.Option(help="Store experts as differences of this rank from the root; full: bit for bit.", show_default=False)
+    ] = None,
+    budget: Annotated[
+        int | None, typer.Option("--bytes", help="Store experts as differences of so many bytes together.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make one model folder of a root and the nodes that are trained so far.
 
     For a leaf that is not trained, its nearest ancestor that is answers, in the worst case the root. Run it again when more is trained.
+    Experts are stored whole, unless --rank or --bytes is given; those that were trained at low rank from the root, as they were trained.
     """
     from t2i_experts.cli.drawing import check_dtype
     from t2i_experts.config import load_config
 
     check_dtype(dtype)
+    wanted = _rank(rank)
     resolved = load_config(config, overrides or [])
 
     with without_collecting():
         import torch
 
         from t2i_experts.cascade.assembly import ENSEMBLE, gather, refuse_other_folder, write_assembly
+        from t2i_experts.cascade.cutting import Limit
 
+    limit = Limit(wanted, budget)
     folder = Path(resolved.output) / ENSEMBLE if out is None else out
     refuse_other_folder(folder)
     assembly = gather(resolved, early=early)
-    fingerprint = write_assembly(assembly, resolved, folder, getattr(torch, dtype) if dtype else None)
-    document = {"folder": str(folder), "fingerprint": fingerprint, "leaves": _answers(assembly)}
+    fingerprint, sizes = write_assembly(assembly, resolved, folder, getattr(torch, dtype) if dtype else None, limit)
+    stored = {name: asdict(size) for name, size in sizes.items()}
+    document = {"folder": str(folder), "fingerprint": fingerprint, "leaves": _answers(assembly), "experts": stored}
     typer.echo(json.dumps(document, ensure_ascii=False) if as_json else "\n".join(_answer_lines(document)))
+
+
+def _rank(text: str | None) -> float | None:
+    """Raises ValueError for a --rank that is neither a number from 1 on nor "full", which is infinity."""
+    if text is None:
+        return None
+    if text == "full":
+        return math.inf
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--rank={text!r}; allowed: full, or a number from 1 on")
+    return int(text)
 
 
 def _answers(assembly: Assembly) -> list[dict[str, Any]]:
@@ -104,7 +129,19 @@ def _answer_lines(document: dict[str, Any]) -> list[str]:
         lo, hi = map(float, one["sigma"])
         rows.append([one["leaf"], f"{lo:.4g} .. {hi:.4g}", one["expert"], f"{one['images_seen']:,}"])
     stand_ins = [f"{one['expert']} stands in for {one['leaf']}: {one['why']}" for one in document["leaves"] if one["why"]]
-    return [*tabulated(rows, left=(0, 2)), "", *stand_ins, f"{document['folder']}, fingerprint {document['fingerprint']}"]
+    last = f"{document['folder']}, fingerprint {document['fingerprint']}"
+    return [*tabulated(rows, left=(0, 2)), "", *_size_lines(document["experts"]), *stand_ins, last]
+
+
+def _size_lines(stored: dict[str, Any]) -> list[str]:
+    """What each expert costs, where any is a difference from the root."""
+    if all(one["kind"] == "whole" for one in stored.values()):
+        return []
+    rows = [["expert", "stored", "bytes", "ranks (median)", "error of the weights"]]
+    for name, one in stored.items():
+        ranks = "{0:g} .. {2:g} ({1:g})".format(*one["ranks"]) if one["ranks"] else "-"
+        rows.append([name, one["kind"], f"{one['bytes']:,}", ranks, f"{one['error']:.2%}"])
+    return [*tabulated(rows, left=(0, 1)), ""]
 
 
 def _document(tree: TreePlan, sigmas: Tensor) -> dict[str, Any]:
@@ -159,4 +196,5 @@ def _quantile(u: Fraction) -> str:
 app.command()(train)
 app.command()(status)
 app.command()(loss)
+app.command()(ranks)
 app.command()(boundaries)

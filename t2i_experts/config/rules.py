@@ -83,6 +83,7 @@ _TRAINING = {
         "divergence_factor",
         "rollbacks",
         "gradient_checkpointing",
+        "rank",
         "optimizer.learning_rate",
         "optimizer.warmup_images",
         "optimizer.eps",
@@ -272,6 +273,10 @@ def _check_training(training: TrainingConfig) -> None:
     _check_ema(training.ema)
     if training.batch_size % training.accumulation:
         raise ValueError(f"training.batch_size={training.batch_size} must be a multiple of training.accumulation={training.accumulation}")
+    if training.rank and training.initial is None:
+        raise ValueError(
+            f"training.rank={training.rank} needs training.initial, the weights from which a low-rank difference is trained; 0 trains all"
+        )
     if training.device not in (None, "cpu"):
         raise ValueError(f"training.device={training.device!r}; allowed: cpu, or null for the accelerator that the process is given")
     if 0 < training.divergence_factor <= 1:

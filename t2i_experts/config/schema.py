@@ -200,6 +200,8 @@ class TrainingConfig:
 
     initial: a model folder or hub id, of the same stage, with whose (averaged) weights the run begins; the optimiser, its warm-up and the
     average begin anew. None: fresh weights. A run that has a checkpoint needs it no more.
+    rank: train at low rank, from `initial`: of every matrix W only a difference up @ down with so many columns and rows, and what is no
+    matrix; 0: all weights. The model folder holds an ordinary network, and beside it the difference.
     device: `cpu`, or None for the accelerator that the process is given. Seconds of wall time are bounded by `max_minutes` (0: not at
     all): the run then checkpoints and stops, and the same command goes on.
     keep_checkpoints: the newest ones, beside the best in validation. divergence_factor: two reports in a row whose loss is so many times
@@ -215,6 +217,7 @@ class TrainingConfig:
     images: int = MISSING
     batch_size: int = MISSING
     initial: str | None = None
+    rank: int = 0
     accumulation: int = 1
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"

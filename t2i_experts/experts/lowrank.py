@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -56,24 +56,68 @@ class LowRankDifference:
         factors = {f"{name} {i}": t for name, f in self.factors.items() for i, t in enumerate((f.up, f.down))}
         return count_bytes(factors) + count_bytes(self.whole)
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The tensors that are not the root's."""
+        return frozenset(self.factors) | frozenset(self.whole)
 
-def restore(root: State, difference: LowRankDifference) -> dict[str, Tensor]:
-    """The expert's weights: bit for bit where stored whole; otherwise root + up @ down, computed in float64 and rounded to the root's type.
+    def tensor(self, name: str, own: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The expert's tensor of that name, where the root has `own`: `own` itself, or the one that is stored, if it is whole.
 
-    Raises ValueError for another root than the one that the difference was taken from.
+        Otherwise own + up @ down, computed in float64 on its device, where the factors must be too, and rounded to `dtype`, by default
+        own's. A root in bfloat16 needs a wider one: its own type would round away what is small beside the weight.
+        """
+        if name in self.whole:
+            return self.whole[name]
+        if name in self.factors:
+            return (own.double() + self.factors[name].product(own.shape)).to(dtype or own.dtype)
+        return own
+
+    def to(self, to: torch.device | torch.dtype) -> LowRankDifference:
+        """A copy on a device, or with its floating-point tensors rounded to another type."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(to, copy=True) if isinstance(to, torch.device) or tensor.is_floating_point() else tensor.clone()
+
+        factors = {name: Factors(moved(one.up), moved(one.down)) for name, one in self.factors.items()}
+        return replace(self, factors=factors, whole={name: moved(tensor) for name, tensor in self.whole.items()})
+
+
+def refuse_other_root(root: State, difference: LowRankDifference, found: str | None = None) -> None:
+    """Raises ValueError for another root than the one that a difference was taken from, and for tensors that it does not have so.
+
+    found: the root's `fingerprint`, if it is known already.
     """
-    found = fingerprint(root)
+    found = found or fingerprint(root)
     if found != difference.root:
         raise ValueError(f"the difference was taken from the root {difference.root}, and these weights are {found}")
+    sizes: dict[str, tuple[int, ...]] = {name: (f.up.shape[0], f.down.shape[1]) for name, f in difference.factors.items()}
+    own = {name: tuple(root[name].flatten(1).shape) for name in sizes if name in root and root[name].ndim > 1}
+    sizes |= {name: tuple(tensor.shape) for name, tensor in difference.whole.items()}
+    own |= {name: tuple(root[name].shape) for name in difference.whole if name in root}
+    if wrong := sorted(name for name in sizes if sizes[name] != own.get(name)):
+        raise ValueError(f"the difference has {wrong[0]} of {sizes[wrong[0]]}, and the root {own.get(wrong[0], 'none that is so')}")
 
-    def tensor(name: str, own: Tensor) -> Tensor:
-        if name in difference.whole:
-            return difference.whole[name].clone()
-        if name in difference.factors:
-            return (own.double() + difference.factors[name].product(own.shape)).to(own.dtype)
-        return own.clone()
 
-    return {name: tensor(name, own) for name, own in root.items()}
+def restore(root: State, difference: LowRankDifference, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The expert's weights, see `LowRankDifference.tensor`: bit for bit where stored whole.
+
+    Raises ValueError as `refuse_other_root` does.
+    """
+    refuse_other_root(root, difference)
+    return {name: difference.tensor(name, own, dtype).clone() for name, own in root.items()}
+
+
+def relative_error(root: State, difference: LowRankDifference, expert: State) -> float:
+    """How far what is restored in float32 is from the expert: over all matrices, relative to the expert's distance from the root; 0 if
+    there is none."""
+    lost = whole = 0.0
+    for name, own in root.items():
+        if own.ndim > 1 and own.is_floating_point():
+            wanted = expert[name].double()
+            lost += float((difference.tensor(name, own, torch.float32).double() - wanted).square().sum())
+            whole += float((own.double() - wanted).square().sum())
+    return math.sqrt(lost / whole) if whole else 0.0
 
 
 def extract(root: State, expert: State, *, rank: int | None = None, budget_bytes: int | None = None) -> LowRankDifference:
@@ -90,7 +134,7 @@ def extract(root: State, expert: State, *, rank: int | None = None, budget_bytes
 
 @dataclass(frozen=True, eq=False)
 class _Spectrum:
-    """The decomposition of one matrix's difference, u @ diag(s) @ v, with `whole`, the expert's tensor."""
+    """The decomposition of one matrix's difference, u @ diag(s) @ v, with `whole`, the expert's tensor in the type that is stored."""
 
     whole: Tensor
     u: Tensor
@@ -98,10 +142,10 @@ class _Spectrum:
     v: Tensor
 
     @classmethod
-    def of(cls, root: Tensor, expert: Tensor) -> _Spectrum:
+    def of(cls, root: Tensor, expert: Tensor, whole: Tensor) -> _Spectrum:
         difference = (expert.double() - root.double().to(expert.device)).flatten(1)
         u, s, v = torch.linalg.svd(difference, full_matrices=False)
-        return cls(expert, u.to(expert.dtype), s, v.to(expert.dtype))
+        return cls(whole, u.float(), s, v.float())
 
     @property
     def component_bytes(self) -> int:
@@ -121,12 +165,12 @@ class _Spectrum:
         return rank > 0 and rank * self.component_bytes >= count_bytes({"": self.whole})
 
     def lost(self, rank: int) -> float:
-        """The squared error at a rank."""
+        """The squared error at a rank, without that of the type that is stored."""
         return 0.0 if self.is_whole(rank) else float(self.energies[rank:].sum())
 
     def factors(self, rank: int) -> Factors:
-        root = self.s[:rank].sqrt().to(self.u.dtype)
-        return Factors((self.u[:, :rank] * root).contiguous(), (root[:, None] * self.v[:rank]).contiguous())
+        root, dtype = self.s[:rank].sqrt().float(), self.whole.dtype
+        return Factors((self.u[:, :rank] * root).to(dtype).contiguous(), (root[:, None] * self.v[:rank]).to(dtype).contiguous())
 
 
 @dataclass(frozen=True)
@@ -141,14 +185,18 @@ class RankError:
 class Decomposition:
     """The singular values of an expert's difference from its root, matrix by matrix, from which differences of any size are cut.
 
+    root: as it is stored. dtype: that floating-point tensors of the difference are stored in; None: the expert's.
+
     Raises ValueError naming the first tensor that does not fit.
     """
 
-    def __init__(self, root: State, expert: State) -> None:
+    def __init__(self, root: State, expert: State, dtype: torch.dtype | None = None) -> None:
         refuse_misfit(root, expert, "the expert")
         self.root = fingerprint(root)
-        changed = {name: tensor for name, tensor in expert.items() if not torch.equal(tensor, root[name].to(tensor))}
-        self._spectra = {name: _Spectrum.of(root[name], t) for name, t in changed.items() if t.ndim > 1 and t.is_floating_point()}
+        kept = {name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor for name, tensor in expert.items()}
+        changed = {name: tensor for name, tensor in kept.items() if not torch.equal(tensor, root[name].to(tensor))}
+        matrices = {name: tensor for name, tensor in changed.items() if tensor.ndim > 1 and tensor.is_floating_point()}
+        self._spectra = {name: _Spectrum.of(root[name], expert[name], tensor) for name, tensor in matrices.items()}
         self._vectors = {name: tensor.clone() for name, tensor in changed.items() if name not in self._spectra}
 
     @property
@@ -168,24 +216,8 @@ class Decomposition:
         return self._cut(dict.fromkeys(self._spectra, rank))
 
     def within(self, budget_bytes: int) -> LowRankDifference:
-        """As much of the squared difference as fits: components of all matrices in the order of their squared singular value per byte.
-
-        Raises ValueError if not even what is no matrix fits.
-        """
-        left = budget_bytes - self.smallest_bytes
-        if left < 0:
-            raise ValueError(f"budget_bytes={budget_bytes} must be >= {self.smallest_bytes}, which what is no matrix needs")
-        ranks = dict.fromkeys(self._spectra, 0)
-        components = [
-            (-energy / spectrum.component_bytes, name, rank)
-            for name, spectrum in self._spectra.items()
-            for rank, energy in enumerate(spectrum.energies.tolist(), 1)
-        ]
-        for _, name, rank in sorted(components):
-            cost = self._spectra[name].bytes(rank) - self._spectra[name].bytes(rank - 1)
-            if rank == ranks[name] + 1 and cost <= left:
-                ranks[name], left = rank, left - cost
-        return self._cut(ranks)
+        """As much of the squared difference as fits; see `within_together`."""
+        return within_together({"": self}, budget_bytes)[""]
 
     def errors(self, ranks: Sequence[int]) -> tuple[RankError, ...]:
         """Bytes and error of `at_rank` for each of these ranks. Relative to the matrices' difference; of one that is zero, 0."""
@@ -206,3 +238,30 @@ class Decomposition:
             if ranks[name] and not spectrum.is_whole(ranks[name])
         }
         return LowRankDifference(self.root, factors, {**self._vectors, **whole})
+
+
+def within_together(decompositions: Mapping[str, Decomposition], budget_bytes: int) -> dict[str, LowRankDifference]:
+    """Differences of several experts, by name, that take so many bytes together, with as much of the squared differences as fits.
+
+    Components of all matrices of all experts are taken in the order of their squared singular value per byte.
+
+    Raises ValueError if not even what is no matrix fits.
+    """
+    smallest = sum(one.smallest_bytes for one in decompositions.values())
+    left = budget_bytes - smallest
+    if left < 0:
+        raise ValueError(f"budget_bytes={budget_bytes} must be >= {smallest}, which what is no matrix needs")
+    spectra = {(expert, name): spectrum for expert, one in decompositions.items() for name, spectrum in one._spectra.items()}
+    ranks = dict.fromkeys(spectra, 0)
+    components = [
+        (-energy / spectrum.component_bytes, key, rank)
+        for key, spectrum in spectra.items()
+        for rank, energy in enumerate(spectrum.energies.tolist(), 1)
+    ]
+    for _, key, rank in sorted(components):
+        cost = spectra[key].bytes(rank) - spectra[key].bytes(rank - 1)
+        if rank == ranks[key] + 1 and cost <= left:
+            ranks[key], left = rank, left - cost
+    return {
+        expert: one._cut({name: rank for (owner, name), rank in ranks.items() if owner == expert}) for expert, one in decompositions.items()
+    }

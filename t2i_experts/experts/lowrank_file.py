@@ -26,17 +26,22 @@ _ENTRY = "low_rank"
 _FORMAT = "expert = root + up @ down, or whole; version 1"
 
 
+def stored_tensors(difference: LowRankDifference) -> dict[str, Tensor]:
+    """All tensors of a difference by the names that they have in the file."""
+    tensors = {f"whole/{name}": tensor for name, tensor in difference.whole.items()}
+    for name, factors in difference.factors.items():
+        tensors |= {f"up/{name}": factors.up, f"down/{name}": factors.down}
+    return tensors
+
+
 def save_difference(path: Path, difference: LowRankDifference, facts: Mapping[str, Any] | None = None) -> None:
     """Writes the file, the same bytes for the same difference and facts; an earlier one is replaced when it is whole.
 
     facts: whatever JSON can hold.
     """
-    tensors = {f"whole/{name}": tensor for name, tensor in difference.whole.items()}
-    for name, factors in difference.factors.items():
-        tensors |= {f"up/{name}": factors.up, f"down/{name}": factors.down}
     about = json.dumps({"format": _FORMAT, "root": difference.root, "facts": dict(facts or {})})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in stored_tensors(difference).items()}
     save_file(tensors, temporary, metadata={_ENTRY: about})  # one entry: several are written in any order
     temporary.replace(path)
 

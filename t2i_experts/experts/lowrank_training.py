@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ class LowRank(nn.Module):
 
     def forward(self, root: Tensor) -> Tensor:
         """root: (out, in, ...). Returns the weight, of the same shape and type; the difference is not rounded by autocast."""
-        with torch.autocast(root.device.type, enabled=False):
+        with contextlib.nullcontext() if root.is_meta else torch.autocast(root.device.type, enabled=False):
             return root + (self.up @ self.down).view_as(root)
 
 
@@ -53,15 +55,35 @@ def low_rank_difference(state: State, root: State) -> LowRankDifference:
 
     Raises ValueError naming the first tensor for a state that does not fit, or in which the root's matrices have changed.
     """
+    difference, fixed = trained_difference(state, fingerprint(root)), _fixed(state)
+    refuse_misfit(root, {**fixed, **difference.whole}, "the trained network")
+    for name, tensor in fixed.items():
+        if not torch.equal(tensor, root[name].to(tensor)):
+            raise ValueError(f"{name} was trained from another root: its fixed part differs from the root's")
+    whole = {name: tensor for name, tensor in difference.whole.items() if not torch.equal(tensor, root[name].to(tensor))}
+    return replace(difference, whole=whole)
+
+
+def trained_difference(state: State, root: str) -> LowRankDifference:
+    """The difference in a state as in `low_rank_difference`, from a root of which only the fingerprint is known.
+
+    What is no factor is stored whole, whether it has changed or not.
+    """
     names = [name.removesuffix(_ORIGINAL) for name in state if name.endswith(_ORIGINAL)]
     factors = {f"{name}.weight": Factors(state[name + _UP].detach().clone(), state[name + _DOWN].detach().clone()) for name in names}
-    plain = {name: tensor for name, tensor in state.items() if ".parametrizations.weight." not in name}
-    refuse_misfit(root, {**{f"{name}.weight": state[name + _ORIGINAL] for name in names}, **plain}, "the trained network")
-    for name in names:
-        if not torch.equal(state[name + _ORIGINAL], root[f"{name}.weight"].to(state[name + _ORIGINAL])):
-            raise ValueError(f"{name}.weight was trained from another root: its fixed part differs from the root's")
-    whole = {name: tensor.detach().clone() for name, tensor in plain.items() if not torch.equal(tensor, root[name].to(tensor))}
-    return LowRankDifference(fingerprint(root), factors, whole)
+    whole = {name: tensor.detach().clone() for name, tensor in state.items() if ".parametrizations.weight." not in name}
+    return LowRankDifference(root, factors, whole)
+
+
+def plain_state(state: State) -> dict[str, Tensor]:
+    """The state of the ordinary network with the same weights, as `restore` computes them; any other state as it is."""
+    difference = trained_difference(state, "")
+    return {name: difference.tensor(name, tensor).detach() for name, tensor in {**_fixed(state), **difference.whole}.items()}
+
+
+def _fixed(state: State) -> dict[str, Tensor]:
+    """The root's matrices, by the names that they have in the root."""
+    return {name.removesuffix(_ORIGINAL) + ".weight": tensor for name, tensor in state.items() if name.endswith(_ORIGINAL)}
 
 
 def _is_smaller(weight: Tensor, rank: int) -> bool:

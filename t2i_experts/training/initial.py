@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2i_experts.cascade.model_folder import find_model, read_network, read_provenance
 from t2i_experts.cascade.stage import build_network
 from t2i_experts.cascade.weights import refuse_misfit
-from t2i_experts.config import RunConfig, StageConfig
+from t2i_experts.config import RunConfig, StageConfig, TrainingConfig
+from t2i_experts.experts.lowrank_training import add_low_rank
 from t2i_experts.training.checkpoints import read_facts
 
 
@@ -70,9 +71,24 @@ def read_initial(config: RunConfig) -> InitialWeights | None:
         with torch.device("meta"):
             network = build_network(config.stage)
         refuse_misfit(network, weights, "the network of this run")
-        return InitialWeights(weights, stage, name, fingerprint, read_provenance(folder))
+        initial = InitialWeights(weights, stage, name, fingerprint, read_provenance(folder))
     except ValueError as error:
         raise ValueError(f"training.initial={name!r}: {error}") from error
+    with torch.device("meta"):
+        at_rank(network, config.training)
+    return initial
+
+
+def at_rank(network: nn.Module, training: TrainingConfig) -> None:
+    """Leaves a network as it is, or only differences of `training.rank` from its weights to be trained; see `add_low_rank`.
+
+    Raises ValueError for a rank that is too large for all of its matrices.
+    """
+    if training.rank:
+        try:
+            add_low_rank(network, training.rank)
+        except ValueError as error:
+            raise ValueError(f"training.{error}; take a smaller one, or 0 to train all weights") from error
 
 
 def check_initial(config: RunConfig, checkpoint: Path) -> list[str]:

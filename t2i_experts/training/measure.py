@@ -20,6 +20,7 @@ from t2i_experts.diffusion.compiling import compile_denoiser
 from t2i_experts.shards.reader import Sample
 from t2i_experts.training.allocations import occupied
 from t2i_experts.training.ema import build_ema
+from t2i_experts.training.initial import at_rank
 from t2i_experts.training.memory import largest_shape, micro_batch
 from t2i_experts.training.optim import build_optimizer
 from t2i_experts.training.step import add_gradients, apply_gradients, avoid_cudnn_attention
@@ -61,7 +62,9 @@ def measure_training(config: RunConfig, *, processes: int = 1) -> MeasuredStep:
     codec = load_codec(config.stage, device=device)
     bf16 = training.precision == "bf16"
     task = DiffusionTask(config.stage, conditioner, seed=training.seed, device=device, bf16=bf16, codec=codec)
-    network = build_network(config.stage, checkpointed_resolutions=training.gradient_checkpointing).to(device)
+    network = build_network(config.stage, checkpointed_resolutions=training.gradient_checkpointing)
+    at_rank(network, training)
+    network = network.to(device)
     ema, optimizer = build_ema(network, training.ema), build_optimizer(network, training.optimizer)
     weighting = LearnedWeighting(training.optimizer, device) if training.uncertainty_weighting else None
     if training.compile:

@@ -25,6 +25,7 @@ from t2i_experts.diffusion.loss import EDMLoss
 from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.training.allocations import Allocations, held_by, materialized
 from t2i_experts.training.compiled import compiled_activations
+from t2i_experts.training.initial import at_rank
 from t2i_experts.types import Conditioning, Embedding
 
 
@@ -95,6 +96,7 @@ def estimate_training(config: RunConfig, *, processes: int = 1) -> TrainingMemor
     batch = micro_batch(training, processes)
     with torch.device("meta"):
         network = build_network(stage, checkpointed_resolutions=training.gradient_checkpointing)
+        at_rank(network, training)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     weights, gradients = held_by(network), sum(parameter.nbytes for parameter in trained)
     stored = text_encoders(stage.encoders) if config.data.embeddings == "stored" else ()  # never on the device

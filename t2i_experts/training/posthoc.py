@@ -20,6 +20,7 @@ from torch import Tensor
 
 from t2i_experts.cascade.model_folder import INDEX, load_model, save_model
 from t2i_experts.cascade.new_folder import flush
+from t2i_experts.experts.lowrank_training import plain_state
 from t2i_experts.training.power_ema import PowerFunctionEMA, Profile, posthoc_coefficients
 
 
@@ -30,7 +31,7 @@ def write_snapshots(root: Path, images_seen: int, ema: PowerFunctionEMA) -> None
     for sigma_rel, network in zip(ema.sigma_rels, ema.networks, strict=True):
         path = folder / f"{images_seen:012d}-{sigma_rel}.safetensors"
         temporary = path.with_name(f".{path.name}.tmp")
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}, temporary)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in plain_state(network.state_dict()).items()}, temporary)
         flush(temporary)
         temporary.rename(path)
     flush(folder)

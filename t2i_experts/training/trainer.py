@@ -24,6 +24,7 @@ from t2i_experts.conditioning.frozen import fingerprint
 from t2i_experts.config import RunConfig, to_plain, to_yaml
 from t2i_experts.diffusion.compiling import compile_denoiser
 from t2i_experts.diffusion.precond import EDMPrecond
+from t2i_experts.experts.lowrank_training import plain_state, trained_difference
 from t2i_experts.shards.reader import ShardReader, Unreadable
 from t2i_experts.shards.stream import StreamReader, open_batches
 from t2i_experts.training.checkpoints import (
@@ -38,7 +39,7 @@ from t2i_experts.training.data import loader_workers, open_training_shards
 from t2i_experts.training.divergence import LossWatch, TrainingDiverged
 from t2i_experts.training.ema import build_ema
 from t2i_experts.training.embeddings import open_conditioner, stored_embeddings
-from t2i_experts.training.initial import check_initial, read_initial
+from t2i_experts.training.initial import at_rank, check_initial, read_initial
 from t2i_experts.training.optim import build_optimizer, learning_rate
 from t2i_experts.training.posthoc import drop_later_snapshots, write_snapshots
 from t2i_experts.training.power_ema import PowerFunctionEMA
@@ -103,6 +104,7 @@ class Trainer:
         network = build_network(config.stage, checkpointed_resolutions=training.gradient_checkpointing)
         if initial is not None:
             network.load_state_dict(initial.weights)
+        at_rank(network, training)  # on a network that goes on from a checkpoint, too: this has the weights that it began with
         self.network: EDMPrecond = network.to(self.device)
         self.ema = build_ema(self.network, training.ema)
         self.optimizer = build_optimizer(self.network, training.optimizer)
@@ -215,9 +217,12 @@ class Trainer:
         self.log.event("rollback", self.state.images_seen, diverged_at=diverged_at, reason=reason, rate_scale=self.state.rate_scale)
 
     def sizes(self) -> dict[str, int]:
-        """Parameters of the network, and samples of the shards; of shards behind URLs, tars."""
+        """Parameters of the network (at low rank also those that are trained), and samples of the shards; of shards behind URLs, tars."""
         data = {"tars": len(self.reader.tars)} if isinstance(self.reader, StreamReader) else {"samples": self.reader.samples}
-        return {"parameters": sum(p.numel() for p in self.network.parameters()), **data}
+        sizes = {"parameters": sum(p.numel() for p in self.network.parameters()), **data}
+        if self.config.training.rank:
+            sizes["trained_parameters"] = sum(p.numel() for p in self.network.parameters() if p.requires_grad)
+        return sizes
 
     def _bucket_samples(self) -> dict[str, dict[str, int]]:
         """Samples of each bucket, for the log; nothing without buckets."""
@@ -433,13 +438,19 @@ class Trainer:
             self._save_model("best")
 
     def _save_model(self, name: str) -> None:
+        """As an ordinary network; if it was trained at low rank, with the difference from the weights that the run began with."""
+        state, trained = self.ema.network.state_dict(), None
+        if self.config.training.rank:
+            assert self.state.initial is not None
+            trained = trained_difference(state, self.state.initial["fingerprint"])
         save_model(
             self.root / name,
             self.config.stage,
             self.config.sampling,
-            self.ema.network.state_dict(),
+            plain_state(state),
             self.task.conditioner,
             codec=self.task.codec,
+            trained=trained,
             provenance={
                 "images_seen": self.state.images_seen,
                 "dataset_hash": self.state.dataset_hash,
