@@ -11,6 +11,7 @@ from t2i_experts.config.rules import check_sampling, check_stage, check_stage_na
 from t2i_experts.config.schema import (
     CodecConfig,
     DataConfig,
+    DecoupleConfig,
     EMAConfig,
     EncoderConfig,
     ExpertSamplingConfig,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CodecConfig",
     "DataConfig",
+    "DecoupleConfig",
     "EMAConfig",
     "EncoderConfig",
     "ExpertSamplingConfig",

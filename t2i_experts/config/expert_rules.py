@@ -44,6 +44,25 @@ def check_expert(config: RunConfig) -> None:
         )
 
 
+def check_decouple(config: RunConfig) -> None:
+    """What training as DeMe's needs of a run, that of one expert: a parent, and noise that is not its own."""
+    decouple, key = config.training.decouple, "training.decouple"
+    if not 0 <= decouple.everywhere <= 1:
+        raise ValueError(f"{key}.everywhere={decouple.everywhere} must lie in [0, 1]; 0 draws the run's own noise alone")
+    if decouple.consistency and config.training.initial is None:
+        raise ValueError(
+            f"{key}.consistency={decouple.consistency} needs training.initial, the model to stay near to; the nodes of a tree have one: "
+            "for them, say it in experts.overrides"
+        )
+    if decouple.everywhere and whole(config.stage.noise.quantiles):
+        raise ValueError(
+            f"{key}.everywhere={decouple.everywhere} would be ignored: without stage.noise.quantiles all noise is the run's own; for the "
+            "nodes of a tree, say it in experts.overrides"
+        )
+    if decouple.projections and config.stage.network.backbone != "unet":
+        raise ValueError(f"{key}.projections=true is the unet's; the backbone {config.stage.network.backbone!r} has none")
+
+
 def require_experts(config: RunConfig) -> None:
     """Raises ValueError for a config without a tree of experts."""
     if not config.experts.leaves:

@@ -31,6 +31,8 @@ class NetworkConfig:
     `embedding_channels` and `context_channels`.
     patch_size: with p > 1 the first resolution has 1/p of the image's side, each of its pixels holding p x p of the image's. Most of the
     cost of a U-Net lies in its first resolution, which becomes p^2 times cheaper.
+    projections: 1x1 convolutions, at first the identity, behind the last block of each resolution on the way down and up, and behind the
+    middle: where DeMe has them (Xie et al. 2410.06664) in experts that are to be merged. They can be added to weights without them.
     backbone: its name in the registry. options: settings of any other backbone than `unet`, which are its own.
     """
 
@@ -40,6 +42,7 @@ class NetworkConfig:
     context_channels: int = 0
     head_channels: int = 64
     dropout: float = 0.0
+    projections: bool = False
     backbone: str = "unet"
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -195,6 +198,21 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class DecoupleConfig:
+    """Training of an expert that is to be merged with others, as DeMe's (Xie et al. 2410.06664); off unless said.
+
+    consistency: weight, in the loss, of the squared distance from what the parent, `training.initial`, denoises; the paper's is 1.
+    everywhere: probability that a noise level is drawn from all noise and not the run's own part; the paper's is 0.3.
+    projections: matrices over channels on the last convolution of each residual branch, at first the identity, train with the weights;
+    the model folder holds the products, an ordinary network. The paper's own placement is `stage.network.projections`.
+    """
+
+    consistency: float = 0.0
+    everywhere: float = 0.0
+    projections: bool = False
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """A training run. Everything that counts, counts images seen; batch_size is over all processes and accumulation steps.
 
@@ -229,6 +247,7 @@ class TrainingConfig:
     rollbacks: int = 0
     log_every_images: int = MISSING
     trackers: list[str] = field(default_factory=list)
+    decouple: DecoupleConfig = field(default_factory=DecoupleConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)

@@ -1,7 +1,8 @@
 """The weights that a run begins with: those of a model folder, if `training.initial` names one.
 
 Fine-tuning, and the children of a tree of experts, begin with the averaged weights of another run; the optimiser, the warm-up of its
-learning rate and the average begin anew. A checkpoint remembers where the weights came from and their fingerprint, and needs them no more.
+learning rate and the average begin anew. A checkpoint remembers where the weights came from and their fingerprint, and needs them no more,
+unless the run is to stay near them (`DecoupleConfig.consistency`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from t2i_experts.cascade.model_folder import find_model, read_network, read_prov
 from t2i_experts.cascade.stage import build_network
 from t2i_experts.cascade.weights import refuse_misfit
 from t2i_experts.config import RunConfig, StageConfig
+from t2i_experts.diffusion.precond import EDMPrecond
+from t2i_experts.experts.projections import with_identities
 from t2i_experts.training.checkpoints import read_facts
 
 
@@ -69,6 +72,7 @@ def read_initial(config: RunConfig) -> InitialWeights | None:
             raise ValueError(f"it is a model of the stage {stage.name}, and this run trains {config.stage.name}")
         with torch.device("meta"):
             network = build_network(config.stage)
+        weights = with_identities(weights, network)
         refuse_misfit(network, weights, "the network of this run")
         return InitialWeights(weights, stage, name, fingerprint, read_provenance(folder))
     except ValueError as error:
@@ -99,3 +103,33 @@ def check_initial(config: RunConfig, checkpoint: Path) -> list[str]:
         )
     text = f"has changed since this run began with it (weights {recorded['fingerprint']}, now {found}); the run goes on with its own"
     return [f"warning: training.initial={name!r} {text}"]
+
+
+def open_parent(
+    config: RunConfig, checkpoint: Path | None, encoders: Mapping[str, str], codec: str | None, device: torch.device
+) -> EDMPrecond:
+    """`training.initial` as a frozen denoiser, which a run with `training.decouple.consistency` needs from its beginning to its end.
+
+    checkpoint: that the run goes on from; the weights must be those that it began with. encoders, codec: see `InitialWeights.unlike`.
+
+    Raises ValueError that names `training.initial` for one that cannot be read, holds other weights now, or was used to other inputs.
+    """
+    name, why = config.training.initial, f"training.decouple.consistency={config.training.decouple.consistency:g} needs it all the time"
+    assert name is not None, "check_decouple"
+    try:
+        folder = find_model(name)
+        stage, weights, fingerprint = read_network(folder)
+    except ValueError as error:
+        raise ValueError(f"training.initial={name!r}: {error}; {why}") from error
+    recorded = read_facts(checkpoint).get("initial") if checkpoint is not None else None
+    if recorded is not None and recorded["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"training.initial={name!r} holds the weights {fingerprint} now, and the run in {config.output} began with "
+            f"{recorded['fingerprint']}; {why}: put them back, or give the run another output folder"
+        )
+    found = InitialWeights(weights, stage, name, fingerprint, read_provenance(folder))
+    if unlike := found.unlike(config.stage, encoders, codec):
+        raise ValueError(f"{unlike[0].removeprefix('warning: ')}: a distance from what it says then has no meaning; {why}")
+    network = build_network(stage)
+    network.load_state_dict(weights)
+    return network.to(device).eval().requires_grad_(False)

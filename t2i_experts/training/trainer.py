@@ -21,9 +21,10 @@ from t2i_experts.cascade.codec import load_codec
 from t2i_experts.cascade.model_folder import save_model
 from t2i_experts.cascade.stage import Stage, build_network
 from t2i_experts.conditioning.frozen import fingerprint
-from t2i_experts.config import RunConfig, to_plain, to_yaml
+from t2i_experts.config import DecoupleConfig, RunConfig, to_plain, to_yaml
 from t2i_experts.diffusion.compiling import compile_denoiser
 from t2i_experts.diffusion.precond import EDMPrecond
+from t2i_experts.experts.projections import add_projections, fold
 from t2i_experts.shards.reader import ShardReader, Unreadable
 from t2i_experts.shards.stream import StreamReader, open_batches
 from t2i_experts.training.checkpoints import (
@@ -38,7 +39,7 @@ from t2i_experts.training.data import loader_workers, open_training_shards
 from t2i_experts.training.divergence import LossWatch, TrainingDiverged
 from t2i_experts.training.ema import build_ema
 from t2i_experts.training.embeddings import open_conditioner, stored_embeddings
-from t2i_experts.training.initial import check_initial, read_initial
+from t2i_experts.training.initial import check_initial, open_parent, read_initial
 from t2i_experts.training.optim import build_optimizer, learning_rate
 from t2i_experts.training.posthoc import drop_later_snapshots, write_snapshots
 from t2i_experts.training.power_ema import PowerFunctionEMA
@@ -88,12 +89,17 @@ class Trainer:
         conditioner = open_conditioner(
             config, self.reader.embeddings, self.validation, device=self.device, main_process=self.accelerator.is_main_process
         )
-        bf16 = training.precision == "bf16"
-        self.task = DiffusionTask(config.stage, conditioner, seed=training.seed, device=self.device, bf16=bf16, codec=codec)
+        encoders = {name: conditioner.fingerprint(name) for name in conditioner.names}
+        weights = None if codec.model is None else fingerprint(codec.model)
         initial = None
         if newest is None:
             initial = read_initial(config)
             refuse_partial_preview(config)
+        self.parent = open_parent(config, newest, encoders, weights, self.device) if training.decouple.consistency else None
+        self.task = DiffusionTask(
+            config.stage, conditioner, seed=training.seed, device=self.device, bf16=training.precision == "bf16", codec=codec,
+            decouple=training.decouple, parent=self.parent,
+        )  # fmt: skip
 
         if self.accelerator.is_main_process:
             self._lock = lock_run(self.root)  # not before: a mistake in the config leaves no folder behind
@@ -103,13 +109,13 @@ class Trainer:
         network = build_network(config.stage, checkpointed_resolutions=training.gradient_checkpointing)
         if initial is not None:
             network.load_state_dict(initial.weights)
+        if training.decouple.projections:
+            add_projections(network, "branch")
         self.network: EDMPrecond = network.to(self.device)
         self.ema = build_ema(self.network, training.ema)
         self.optimizer = build_optimizer(self.network, training.optimizer)
         self.weighting = LearnedWeighting(training.optimizer, self.device) if training.uncertainty_weighting else None
-        encoders = {name: conditioner.fingerprint(name) for name in conditioner.names}
         dataset = self.reader.dataset_hash
-        weights = None if codec.model is None else fingerprint(codec.model)
         self.state = TrainState(
             self.network, self.ema, self.optimizer, 0, dataset, encoders, to_plain(config), self.weighting, codec=weights
         )
@@ -120,11 +126,13 @@ class Trainer:
         if self.resumed_from is not None:
             self.state.restore(self.resumed_from)
         if training.compile:
-            shapes = config.stage.buckets
+            shapes, networks = config.stage.buckets, 1 if self.parent is None else 2
             if shapes:  # one compilation for each, since kernels for any shape are slower; beyond the limit it would stop compiling
                 dynamo = torch._dynamo.config
-                dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(shapes))
+                dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * networks * len(shapes))
             compile_denoiser(self.network, training=True, dynamic=False if shapes else None)
+            if self.parent is not None:
+                compile_denoiser(self.parent, training=False, dynamic=False if shapes else None)
         self.model: torch.nn.Module = self.accelerator.prepare_model(self.network)
         self.log = RunLog(
             self.root / "log.jsonl",
@@ -437,7 +445,7 @@ class Trainer:
             self.root / name,
             self.config.stage,
             self.config.sampling,
-            self.ema.network.state_dict(),
+            fold(self.ema.network.state_dict()),
             self.task.conditioner,
             codec=self.task.codec,
             provenance={
@@ -447,6 +455,7 @@ class Trainer:
                 "codec": self.state.codec,
                 "initial": self.state.initial,
                 "ema": to_plain(self.config.training.ema),
+                **({"decouple": to_plain(decouple)} if (decouple := self.config.training.decouple) != DecoupleConfig() else {}),
             },
         )
 
