@@ -10,6 +10,7 @@ import typer
 
 from t2i_experts.cli.experts_boundaries import boundaries
 from t2i_experts.cli.experts_loss import loss
+from t2i_experts.cli.experts_merge import merge
 from t2i_experts.cli.experts_train import status, train
 from t2i_experts.cli.importing import without_collecting
 from t2i_experts.cli.options import Config, Json, Overrides, group, tabulated
@@ -159,4 +160,5 @@ def _quantile(u: Fraction) -> str:
 app.command()(train)
 app.command()(status)
 app.command()(loss)
+app.command()(merge)
 app.command()(boundaries)
