@@ -20,6 +20,7 @@ from torch import Tensor
 from t2i_experts.cascade.files import naming, read_json, write_json
 from t2i_experts.cascade.weights import WEIGHTS, digest, load_network, read_about, read_weights, write_weights
 from t2i_experts.config import EncoderConfig, NoiseConfig, StageConfig, check_node_name, check_stage, differences, from_plain, to_plain
+from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.experts.ensemble import ExpertEnsemble
 from t2i_experts.experts.interval import NoiseInterval
 from t2i_experts.types import Denoiser
@@ -66,14 +67,19 @@ def save_experts(
     if idle := experts.keys() - {leaf.expert for leaf in leaves}:
         raise ValueError(f"experts that answer for no noise: {', '.join(sorted(idle))}")
     for name, expert in experts.items():
-        check_node_name(name, EXPERTS)
-        refuse_stranger(expert.config, stage, name)
-        config = _beside(stage, expert.config)
-        own = folder / EXPERTS / name
-        own.mkdir(parents=True)
-        about = {"node": name, "quantiles": " to ".join(_quantiles(NoiseInterval.from_config(config.noise)))}
-        write_weights(own / WEIGHTS, expert.weights, dtype=dtype, about=about)
-        write_json(own / CONFIG, stage_tree(config))
+        save_expert(folder, stage, name, expert, dtype)
+
+
+def save_expert(folder: Path, stage: StageConfig, name: str, expert: ExpertState, dtype: torch.dtype | None) -> None:
+    """Writes one expert's network into the folder of a stage. Raises ValueError as `save_experts`."""
+    check_node_name(name, EXPERTS)
+    refuse_stranger(expert.config, stage, name)
+    config = _beside(stage, expert.config)
+    own = folder / EXPERTS / name
+    own.mkdir(parents=True)
+    about = {"node": name, "quantiles": " to ".join(_quantiles(NoiseInterval.from_config(config.noise)))}
+    write_weights(own / WEIGHTS, expert.weights, dtype=dtype, about=about)
+    write_json(own / CONFIG, stage_tree(config))
 
 
 def read_leaves(path: Path, tree: Mapping[str, Any], noise: NoiseConfig) -> tuple[Leaf, ...]:
@@ -101,12 +107,18 @@ def load_experts(
     networks: dict[str, Denoiser] = {}
     digests: dict[str, str] = {}
     for name in dict.fromkeys(leaf.expert for leaf in leaves):
-        path = folder / EXPERTS / name / CONFIG
-        config = _read_config(path, stage, name)
-        networks[name], digests[name] = load_network(config, path.with_name(WEIGHTS), device, dtype)
-        with naming(path.with_name(WEIGHTS)):
-            _refuse_mistaken(read_about(path.with_name(WEIGHTS)), name, NoiseInterval.from_config(config.noise))
+        networks[name], digests[name] = load_expert(folder, stage, name, device, dtype)
     return _ensemble(leaves, networks), _digest(leaves, digests)
+
+
+def load_expert(folder: Path, stage: StageConfig, name: str, device: torch.device | str, dtype: torch.dtype) -> tuple[EDMPrecond, str]:
+    """One expert's network in the folder of a stage, and the digest of its weights. Raises ValueError as `load_experts`."""
+    path = folder / EXPERTS / name / CONFIG
+    config = _read_config(path, stage, name)
+    network, found = load_network(config, path.with_name(WEIGHTS), device, dtype)
+    with naming(path.with_name(WEIGHTS)):
+        _refuse_mistaken(read_about(path.with_name(WEIGHTS)), name, NoiseInterval.from_config(config.noise))
+    return network, found
 
 
 def digest_of_experts(folder: Path, leaves: Sequence[Leaf]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from t2i_experts.cli.experts_blend import blend
 from t2i_experts.cli.experts_boundaries import boundaries
 from t2i_experts.cli.experts_loss import loss
 from t2i_experts.cli.experts_merge import merge
@@ -161,4 +162,5 @@ app.command()(train)
 app.command()(status)
 app.command()(loss)
 app.command()(merge)
+app.command()(blend)
 app.command()(boundaries)

@@ -59,7 +59,8 @@ def initial(config: RunConfig) -> list[Finding]:
     from t2i_experts.training.checkpoints import checkpoints
     from t2i_experts.training.initial import read_initial
 
-    name = config.training.initial
+    name, blend = config.training.initial, config.training.blend
+    name = f"{blend.high} and {blend.low}" if blend.high is not None else name
     if name is None or checkpoints(Path(config.output)):
         return []
     try:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-from t2i_experts.config.schema import ExpertsConfig, RunConfig
+from t2i_experts.config.schema import BlendConfig, DecoupleConfig, ExpertsConfig, RatioConfig, RunConfig
 
 
 def read_quantiles(quantiles: Sequence[str], where: str) -> tuple[Fraction, Fraction]:
@@ -61,6 +62,39 @@ def check_decouple(config: RunConfig) -> None:
         )
     if decouple.projections and config.stage.network.backbone != "unet":
         raise ValueError(f"{key}.projections=true is the unet's; the backbone {config.stage.network.backbone!r} has none")
+
+
+def check_ratio(ratio: RatioConfig, where: str) -> None:
+    """Raises ValueError, naming the field after `where`, for a ratio that cannot be."""
+    if not ratio.steepness > 0:
+        raise ValueError(f"{where}.steepness={ratio.steepness} must be positive; inf is the hard split")
+    try:
+        if not 0 < Fraction(ratio.middle) < 1:
+            raise ValueError
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{where}.middle={ratio.middle} must be a quantile between 0 and 1, a number or a fraction such as 1/2") from None
+    if ratio.kind == "learned" and ratio.steepness == math.inf:
+        raise ValueError(f"{where}.steepness=inf: a learned ratio must begin at a finite one, for the hard split passes no gradients on")
+
+
+def check_blend(config: RunConfig) -> None:
+    """What a run that trains a blend needs, and may not have."""
+    blend, key = config.training.blend, "training.blend"
+    check_ratio(blend.ratio, f"{key}.ratio")
+    if (blend.high is None) != (blend.low is None) or (blend.high is None and blend != BlendConfig()):
+        raise ValueError(f"{key}.high={blend.high!r}, {key}.low={blend.low!r}: a blend needs both, the models with which it begins")
+    if blend.high is None:
+        return
+    others = {
+        "training.initial": config.training.initial,
+        "training.decouple": None if config.training.decouple == DecoupleConfig() else "set",
+        "training.ema.snapshot_every_images": config.training.ema.snapshot_every_images or None,
+        "stage.noise.quantiles": None if whole(config.stage.noise.quantiles) else config.stage.noise.quantiles,
+        "experts.leaves": config.experts.leaves or None,
+    }
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(f"{name}={value} does not go with {key}, which trains two networks over all noise from its own models")
 
 
 def require_experts(config: RunConfig) -> None:

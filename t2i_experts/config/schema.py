@@ -198,6 +198,32 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class RatioConfig:
+    """How much of a blend's answer is the high-noise expert's, by the quantile u of the noise (t2i_experts/experts/ratio.py).
+
+    kind: `linear`, u; `sigmoid`, 1 / (1 + exp(-steepness (u - middle))); `learned`, which begins there. steepness: inf is the hard split.
+    middle: a quantile, a number or a fraction such as 1/2.
+    """
+
+    kind: Literal["linear", "sigmoid", "learned"] = "sigmoid"
+    steepness: float = 20.0
+    middle: str = "1/2"
+
+
+@dataclass(frozen=True)
+class BlendConfig:
+    """Training of two networks and the ratio in which they answer, together, over all noise; off unless high and low are said.
+
+    high, low: the model folders, of this stage and network, with whose weights the two begin. A run that has a checkpoint needs them no
+    more.
+    """
+
+    high: str | None = None
+    low: str | None = None
+    ratio: RatioConfig = field(default_factory=RatioConfig)
+
+
+@dataclass(frozen=True)
 class DecoupleConfig:
     """Training of an expert that is to be merged with others, as DeMe's (Xie et al. 2410.06664); off unless said.
 
@@ -248,6 +274,7 @@ class TrainingConfig:
     log_every_images: int = MISSING
     trackers: list[str] = field(default_factory=list)
     decouple: DecoupleConfig = field(default_factory=DecoupleConfig)
+    blend: BlendConfig = field(default_factory=BlendConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)

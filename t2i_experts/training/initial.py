@@ -60,11 +60,17 @@ class InitialWeights:
 def read_initial(config: RunConfig) -> InitialWeights | None:
     """The weights that a run without checkpoints begins with; None for fresh ones.
 
-    Raises ValueError that names `training.initial` for one that is no model folder, of another stage, or does not fit the network.
+    Raises ValueError that names `training.initial`, or `training.blend`, for one that is no model folder, of another stage, or does not
+    fit the network.
     """
+    if config.training.blend.high is not None:
+        return _read_blended(config)
     name = config.training.initial
-    if name is None:
-        return None
+    return None if name is None else _read(config, name, "training.initial")
+
+
+def _read(config: RunConfig, name: str, key: str) -> InitialWeights:
+    """The weights of a model folder for a network of this run. Raises ValueError that names the key that names it."""
     try:
         folder = find_model(name)
         stage, weights, fingerprint = read_network(folder)
@@ -76,7 +82,20 @@ def read_initial(config: RunConfig) -> InitialWeights | None:
         refuse_misfit(network, weights, "the network of this run")
         return InitialWeights(weights, stage, name, fingerprint, read_provenance(folder))
     except ValueError as error:
-        raise ValueError(f"training.initial={name!r}: {error}") from error
+        raise ValueError(f"{key}={name!r}: {error}") from error
+
+
+def _read_blended(config: RunConfig) -> InitialWeights:
+    """Those of both networks of a blend; a learned ratio begins by itself."""
+    blend = config.training.blend
+    assert blend.high is not None and blend.low is not None, "check_blend"
+    high, low = _read(config, blend.high, "training.blend.high"), _read(config, blend.low, "training.blend.low")
+    for kind in ("encoders", "codec"):
+        if high.provenance.get(kind) != low.provenance.get(kind):
+            raise ValueError(f"training.blend.low={blend.low!r} was trained with other {kind} than training.blend.high={blend.high!r}")
+    weights = {f"{side}.{name}": tensor for side, one in (("high", high), ("low", low)) for name, tensor in one.weights.items()}
+    model, fingerprint = f"{blend.high} and {blend.low}", f"{high.fingerprint} {low.fingerprint}"
+    return InitialWeights(weights, high.stage, model, fingerprint, {**high.provenance, "images_seen": None})
 
 
 def check_initial(config: RunConfig, checkpoint: Path) -> list[str]:

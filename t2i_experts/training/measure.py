@@ -25,6 +25,7 @@ from t2i_experts.training.memory import largest_shape, micro_batch
 from t2i_experts.training.optim import build_optimizer
 from t2i_experts.training.step import add_gradients, apply_gradients, avoid_cudnn_attention
 from t2i_experts.training.task import DiffusionTask
+from t2i_experts.training.trainable import build_trainable, networks_of
 from t2i_experts.training.uncertainty import LearnedWeighting
 from t2i_experts.types import TextFeatures
 
@@ -65,13 +66,14 @@ def measure_training(config: RunConfig, *, processes: int = 1) -> MeasuredStep:
     task = DiffusionTask(
         config.stage, conditioner, seed=training.seed, device=device, bf16=bf16, codec=codec, decouple=training.decouple, parent=parent
     )
-    network = build_network(config.stage, checkpointed_resolutions=training.gradient_checkpointing).to(device)
+    network = build_trainable(config).to(device)
     if training.decouple.projections:
         add_projections(network, "branch")
     ema, optimizer = build_ema(network, training.ema), build_optimizer(network, training.optimizer)
     weighting = LearnedWeighting(training.optimizer, device) if training.uncertainty_weighting else None
     if training.compile:
-        compile_denoiser(network, training=True, dynamic=False if config.stage.buckets else None)
+        for one in networks_of(network):
+            compile_denoiser(one, training=True, dynamic=False if config.stage.buckets else None)
         if parent is not None:
             compile_denoiser(parent, training=False, dynamic=False if config.stage.buckets else None)
     width, height = largest_shape(config.stage)

@@ -27,6 +27,7 @@ from t2i_experts.experts.decouple import DecoupleLoss
 from t2i_experts.experts.projections import add_projections
 from t2i_experts.training.allocations import Allocations, held_by, materialized
 from t2i_experts.training.compiled import compiled_activations
+from t2i_experts.training.trainable import build_trainable
 from t2i_experts.types import Conditioning, Embedding
 
 
@@ -97,7 +98,7 @@ def estimate_training(config: RunConfig, *, processes: int = 1) -> TrainingMemor
     training, stage = config.training, config.stage
     batch = micro_batch(training, processes)
     with torch.device("meta"):
-        network = build_network(stage, checkpointed_resolutions=training.gradient_checkpointing)
+        network = build_trainable(config)
         if training.decouple.projections:
             add_projections(network, "branch")
         parent = build_network(stage).requires_grad_(False) if training.decouple.consistency else None
@@ -133,7 +134,7 @@ def estimate_training(config: RunConfig, *, processes: int = 1) -> TrainingMemor
                 del conditioning
                 loss.mean().backward()
         peak = uncompiled = max(allocations.peak, gradients)
-        remembered = _compiled(config, network, batch, bf16) if training.compile else None
+        remembered = _compiled(config, network, batch, bf16) if training.compile and isinstance(network, EDMPrecond) else None
         if remembered is not None:
             peak = max(max(remembered, encoding) + (gradients if passes > 1 else 0), gradients)
     return TrainingMemory(

@@ -50,6 +50,22 @@ class Mergeable:
         return replace(self, weights={key: tensor.to(device) for key, tensor in self.weights.items()}, leaves=moved)
 
 
+def trained_leaves(
+    config: RunConfig, what: str, names: Sequence[str] | None = None, *, early: bool = False
+) -> tuple[TrainedNode, dict[str, TrainedNode]]:
+    """The root of a config's tree and its leaves, or those of these names, from low noise to high. what: needs them, "a merge".
+
+    early: takes nodes that are still to see some of their images, too. Raises ValueError as `gather` does, and for a leaf that is not
+    trained: one that stands in for it is not it.
+    """
+    assembly = gather(config, early=early)
+    answers = {one.leaf.name: one.expert.name for one in assembly.covered}
+    wanted = [leaf for leaf in answers if names is None or leaf in names]
+    if missing := [f"{leaf}: {assembly.missing[leaf]}" for leaf in wanted if answers[leaf] != leaf]:
+        raise ValueError(f"{what} needs the leaves themselves, and nothing that stands in for them; {'; '.join(missing)}")
+    return assembly.root, {leaf: assembly.experts[leaf] for leaf in wanted}
+
+
 def open_mergeable(config: RunConfig, *, early: bool = False) -> Mergeable:
     """The averaged weights of a config's tree, mapped into memory. early: of nodes that are still to see some of their images, too.
 
@@ -57,13 +73,7 @@ def open_mergeable(config: RunConfig, *, early: bool = False) -> Mergeable:
 
     Raises ValueError as `gather` does, for leaves that are not trained, and for networks that do not fit the root's, by name.
     """
-    assembly = gather(config, early=early)
-    missing = [one.leaf.name for one in assembly.covered if one.expert.name != one.leaf.name]
-    if missing:
-        reasons = "; ".join(f"{name}: {assembly.missing[name]}" for name in missing)
-        raise ValueError(f"a merge needs every leaf of experts.leaves, for a stand-in differs in nothing from the root: {reasons}")
-    root = assembly.root
-    nodes = {one.leaf.name: assembly.experts[one.leaf.name] for one in assembly.covered}
+    root, nodes = trained_leaves(config, "a merge", early=early)
     found = {name: read_network(node.folder) for name, node in {"": root, **nodes}.items()}
     projections = any(stage.network.projections for stage, _, _ in found.values())
     stage = replace(root.stage, network=replace(root.stage.network, projections=projections)) if projections else root.stage

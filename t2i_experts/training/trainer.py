@@ -18,13 +18,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from t2i_experts.cascade.codec import load_codec
-from t2i_experts.cascade.model_folder import save_model
-from t2i_experts.cascade.stage import Stage, build_network
+from t2i_experts.cascade.stage import Stage
 from t2i_experts.conditioning.frozen import fingerprint
 from t2i_experts.config import DecoupleConfig, RunConfig, to_plain, to_yaml
 from t2i_experts.diffusion.compiling import compile_denoiser
-from t2i_experts.diffusion.precond import EDMPrecond
-from t2i_experts.experts.projections import add_projections, fold
+from t2i_experts.experts.projections import add_projections
 from t2i_experts.shards.reader import ShardReader, Unreadable
 from t2i_experts.shards.stream import StreamReader, open_batches
 from t2i_experts.training.checkpoints import (
@@ -51,6 +49,7 @@ from t2i_experts.training.stopping import StopRequest
 from t2i_experts.training.task import Batch, DiffusionTask
 from t2i_experts.training.trackers import open_trackers, refuse_missing_trackers
 from t2i_experts.training.tracking import RunLog, machine, peak_memory_gib
+from t2i_experts.training.trainable import Trainable, build_trainable, networks_of, save_trained
 from t2i_experts.training.uncertainty import LearnedWeighting
 from t2i_experts.training.unreadable import UnreadableSamples
 from t2i_experts.training.validation import ValidationLoss, validate
@@ -106,12 +105,12 @@ class Trainer:
         self.resumed_from = agreed_checkpoint(self.root)
         torch.manual_seed(training.seed)
         avoid_cudnn_attention()
-        network = build_network(config.stage, checkpointed_resolutions=training.gradient_checkpointing)
+        network = build_trainable(config)
         if initial is not None:
-            network.load_state_dict(initial.weights)
+            network.load_state_dict({**network.state_dict(), **initial.weights})
         if training.decouple.projections:
             add_projections(network, "branch")
-        self.network: EDMPrecond = network.to(self.device)
+        self.network: Trainable = network.to(self.device)
         self.ema = build_ema(self.network, training.ema)
         self.optimizer = build_optimizer(self.network, training.optimizer)
         self.weighting = LearnedWeighting(training.optimizer, self.device) if training.uncertainty_weighting else None
@@ -126,11 +125,12 @@ class Trainer:
         if self.resumed_from is not None:
             self.state.restore(self.resumed_from)
         if training.compile:
-            shapes, networks = config.stage.buckets, 1 if self.parent is None else 2
+            shapes, networks = config.stage.buckets, networks_of(self.network)
             if shapes:  # one compilation for each, since kernels for any shape are slower; beyond the limit it would stop compiling
                 dynamo = torch._dynamo.config
-                dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * networks * len(shapes))
-            compile_denoiser(self.network, training=True, dynamic=False if shapes else None)
+                dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * (len(networks) + (self.parent is not None)) * len(shapes))
+            for one in networks:
+                compile_denoiser(one, training=True, dynamic=False if shapes else None)
             if self.parent is not None:
                 compile_denoiser(self.parent, training=False, dynamic=False if shapes else None)
         self.model: torch.nn.Module = self.accelerator.prepare_model(self.network)
@@ -441,11 +441,10 @@ class Trainer:
             self._save_model("best")
 
     def _save_model(self, name: str) -> None:
-        save_model(
+        save_trained(
             self.root / name,
-            self.config.stage,
-            self.config.sampling,
-            fold(self.ema.network.state_dict()),
+            self.config,
+            self.ema.network.state_dict(),
             self.task.conditioner,
             codec=self.task.codec,
             provenance={

@@ -1,60 +1,26 @@
-"""`t2i-experts experts merge` on a tree whose root was really trained, and whose leaves are it with something added."""
+"""`t2i-experts experts merge`: the root, one expert, what lies between, and what a search finds."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from t2i_experts.cascade.model_folder import WEIGHTS, load_model, read_configs, read_network, read_provenance, save_model
+from t2i_experts.cascade.model_folder import WEIGHTS, load_model, read_configs, read_network, read_provenance
 from t2i_experts.cascade.pipeline import CascadePipeline
-from t2i_experts.cascade.stage import build_network
-from t2i_experts.config import SamplingConfig
 from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.shards.reader import ShardReader
 from t2i_experts.training.task import DiffusionTask
 from t2i_experts.training.validation import validate
 
 CLI = Callable[..., tuple[int, str, str]]
-TREE = "\nexperts: {leaves: [E^1_0, E^1_1], images: 32}\n"
-
-
-class Tree:
-    """config: its file. output: the root's run."""
-
-    def __init__(self, config: Path, output: Path, root: Path) -> None:
-        self.config, self.output = config, output
-        config.write_text(config.read_text() + TREE)
-        shutil.copytree(root, output / "model")
-        self.model = load_model(root)
-
-    def write(self, name: str, *, images_seen: int = 32, projections: bool = False, seed: int = 0) -> dict[str, Tensor]:
-        """A leaf: the root with noise on its weights."""
-        stage = self.model.stages["base64"].config
-        quantiles = {"E^1_0": ["0", "1/2"], "E^1_1": ["1/2", "1"]}[name]
-        stage = replace(stage, noise=replace(stage.noise, quantiles=quantiles), network=replace(stage.network, projections=projections))
-        network, root = build_network(stage), self.root()
-        generator = torch.Generator().manual_seed(seed)
-        weights = {
-            key: root.get(key, tensor) + 0.02 * torch.randn(tensor.shape, generator=generator)
-            for key, tensor in network.state_dict().items()
-        }
-        facts = {**self.model.provenance, "images_seen": images_seen}
-        save_model(self.leaf(name), stage, SamplingConfig(), weights, self.model.conditioner, provenance=facts)
-        return weights
-
-    def leaf(self, name: str) -> Path:
-        return self.output / "nodes" / name / "model"
-
-    def root(self) -> dict[str, Tensor]:
-        return tensors(self.output / "model")
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -65,19 +31,7 @@ def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.fixture
-def tree(write_config: Callable[[str], Path], tmp_path: Path, trained: Path) -> Tree:
-    return Tree(write_config("run"), tmp_path / "run", trained / "model")
-
-
-@pytest.fixture
-def leaves(tree: Tree) -> Tree:
-    tree.write("E^1_0")
-    tree.write("E^1_1", seed=1)
-    return tree
-
-
-def test_given_weights_give_the_root_one_expert_or_what_lies_between(leaves: Tree, cli: CLI) -> None:
+def test_given_weights_give_the_root_one_expert_or_what_lies_between(leaves: Any, cli: CLI) -> None:
     merge, merged = ("experts", "merge", leaves.config, "--weights"), leaves.output / "merged"
     code, out, err = cli(*merge, "E^1_0=0", "--json")
     assert (code, err) == (0, "") and equal(tensors(merged), leaves.root()), "bit for bit"
@@ -95,7 +49,7 @@ def test_given_weights_give_the_root_one_expert_or_what_lies_between(leaves: Tre
     assert CascadePipeline.from_pretrained(merged, device="cpu")("a red cube").shape == (1, 3, 16, 16)
 
 
-def test_what_is_searched_for_on_one_part_is_reported_on_the_other(leaves: Tree, cli: CLI, shards: Path, tmp_path: Path) -> None:
+def test_what_is_searched_for_on_one_part_is_reported_on_the_other(leaves: Any, cli: CLI, shards: Path, tmp_path: Path) -> None:
     options = ("--search", "--evaluations", 9, "--device", "cpu", "--out", tmp_path / "here", "--json")
     code, out, err = cli("experts", "merge", leaves.config, *options)
     assert code == 0 and "lowest loss" in err
@@ -120,7 +74,7 @@ def test_what_is_searched_for_on_one_part_is_reported_on_the_other(leaves: Tree,
     assert again[0] == 0 and json.loads(again[1])["search"]["images"] == 2, "over an earlier merge, on fewer pictures"
 
 
-def test_the_papers_projections_are_added_where_they_lack(tree: Tree, cli: CLI) -> None:
+def test_the_papers_projections_are_added_where_they_lack(tree: Any, cli: CLI) -> None:
     tree.write("E^1_0", projections=True)
     tree.write("E^1_1")
     assert cli("experts", "merge", tree.config, "--weights", "E^1_0=1")[0] == 0
@@ -130,7 +84,7 @@ def test_the_papers_projections_are_added_where_they_lack(tree: Tree, cli: CLI) 
     assert equal({name: t for name, t in tensors(merged).items() if "projection" not in name}, tensors(tree.leaf("E^1_1")))
 
 
-def test_mistakes_are_told_by_name(leaves: Tree, cli: CLI, tmp_path: Path) -> None:
+def test_mistakes_are_told_by_name(leaves: Any, cli: CLI, tmp_path: Path) -> None:
     def refused(*options: object) -> str:
         code, out, err = cli("experts", "merge", leaves.config, *options)
         assert (code, out) == (2, "") and not (leaves.output / "merged").exists()
@@ -149,7 +103,7 @@ def test_mistakes_are_told_by_name(leaves: Tree, cli: CLI, tmp_path: Path) -> No
     assert "exists and is no earlier merge" in refused("--weights", "E^1_0=1", "--out", leaves.output / "model")
     assert "experts.leaves=[] names no experts" in refused("experts.leaves=[]", "experts.images=0", "--search")
     shutil.rmtree(leaves.leaf("E^1_1"))
-    assert "a merge needs every leaf of experts.leaves, for a stand-in differs in nothing from the root: E^1_1: no model in " in refused(
+    assert "a merge needs the leaves themselves, and nothing that stands in for them; E^1_1: no model in " in refused(
         "--search"
     )  # fmt: skip
     leaves.write("E^1_1", images_seen=16)
