@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+import t2i_experts
+from t2i_experts.cascade import picture
 from t2i_experts.cascade.model_folder import load_model, read_network, read_provenance
 from t2i_experts.cascade.picture import read_metadata
-from t2i_experts.cascade.pipeline import CascadePipeline
+from t2i_experts.cascade.pipeline import CascadePipeline, start_noise
 from t2i_experts.config import load_config
 from t2i_experts.experts.blend import RatioBlend
 from t2i_experts.experts.ensemble import ExpertEnsemble
@@ -61,6 +65,18 @@ def test_it_draws_and_its_ends_are_the_experts(leaves: Any, cli: CLI, tmp_path: 
     assert metadata is not None and metadata["model"]["fingerprint"] == document["fingerprint"]
     code, _, err = cli("experts", "blend", leaves.config, "--ratio", "linear", "--out", leaves.output / "model")
     assert code == 2 and "exists and is no earlier blend" in err
+
+
+def test_what_each_expert_denoises_alone_as_the_page_says(leaves: Any, cli: CLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(t2i_experts.__file__).parent / "experts" / "README.md").read_text(encoding="utf-8")
+    (block,) = (block for block in page.split("```python\n")[1:] if "def watched" in block)
+    assert cli("experts", "blend", leaves.config)[0] == 0
+    pipeline = CascadePipeline.from_pretrained(leaves.output / "blends" / "sigmoid", device="cpu")
+    monkeypatch.chdir(tmp_path)
+    exec(block.split("```")[0], {**vars(picture), "pipeline": pipeline, "torch": torch, "replace": replace, "start_noise": start_noise})
+    with Image.open("apart.png") as sheet:
+        high, low = sheet.crop((0, 0, sheet.width, sheet.height // 2)), sheet.crop((0, sheet.height // 2, sheet.width, sheet.height))
+    assert sheet.width >= 3 * 16 and high.tobytes() != low.tobytes()
 
 
 def test_where_the_ratio_ends_one_expert_draws_alone(leaves: Any, cli: CLI, tmp_path: Path) -> None:
