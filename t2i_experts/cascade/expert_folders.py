@@ -34,6 +34,7 @@ from t2i_experts.cascade.files import naming, read_json, write_json
 from t2i_experts.cascade.one_network import SharedNetwork, SharingExpert
 from t2i_experts.cascade.weights import WEIGHTS, cast, read_weights, write_weights
 from t2i_experts.config import EncoderConfig, NoiseConfig, StageConfig, check_node_name, check_stage, differences, from_plain, to_plain
+from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.experts.ensemble import ExpertEnsemble
 from t2i_experts.experts.interval import NoiseInterval
 from t2i_experts.experts.lowrank import LowRankDifference, refuse_other_root
@@ -93,19 +94,26 @@ def save_experts(
         root = cast(root, dtype)
         write_weights(folder / WEIGHTS, root)
     for name, expert in experts.items():
-        check_node_name(name, EXPERTS)
-        refuse_stranger(expert.config, stage, name)
-        config = _beside(stage, expert.config)
-        own = folder / EXPERTS / name
-        own.mkdir(parents=True)
-        if isinstance(expert.weights, LowRankDifference):
-            if root is None or config.network != stage.network:
-                raise ValueError(f"the low-rank expert {name} needs a root, of the same network, that it differs from")
-            with naming(own / LOW_RANK):
-                refuse_other_root(root, expert.weights)
-        about = {"node": name, "quantiles": " to ".join(_quantiles(NoiseInterval.from_config(config.noise)))}
-        write_expert(own, expert.weights, about, dtype)
-        write_json(own / CONFIG, stage_tree(config))
+        save_expert(folder, stage, name, expert, dtype, root)
+
+
+def save_expert(
+    folder: Path, stage: StageConfig, name: str, expert: ExpertState, dtype: torch.dtype | None, root: State | None = None
+) -> None:
+    """Writes one expert's network into the folder of a stage. Raises ValueError as `save_experts`."""
+    check_node_name(name, EXPERTS)
+    refuse_stranger(expert.config, stage, name)
+    config = _beside(stage, expert.config)
+    own = folder / EXPERTS / name
+    own.mkdir(parents=True)
+    if isinstance(expert.weights, LowRankDifference):
+        if root is None or config.network != stage.network:
+            raise ValueError(f"the low-rank expert {name} needs a root, of the same network, that it differs from")
+        with naming(own / LOW_RANK):
+            refuse_other_root(root, expert.weights)
+    about = {"node": name, "quantiles": " to ".join(_quantiles(NoiseInterval.from_config(config.noise)))}
+    write_expert(own, expert.weights, about, dtype)
+    write_json(own / CONFIG, stage_tree(config))
 
 
 def read_leaves(path: Path, tree: Mapping[str, Any], noise: NoiseConfig) -> tuple[Leaf, ...]:
@@ -143,17 +151,28 @@ def load_experts(
     root, shared = RootWeights(folder), None
     for name in dict.fromkeys(leaf.expert for leaf in leaves):
         own = folder / EXPERTS / name
-        config = _read_config(own / CONFIG, stage, name)
-        low_rank = is_low_rank(own)
-        if low_rank and one_network:
+        if one_network and is_low_rank(own):
+            config = _read_config(own / CONFIG, stage, name)
             shared = shared or SharedNetwork(config, root, device, dtype)
             difference, about, digests[name] = read_difference(own, root)
+            with naming(own / LOW_RANK):
+                _refuse_mistaken(about, name, NoiseInterval.from_config(config.noise))
             networks[name] = SharingExpert(shared, difference.to(torch.device(device)))
         else:
-            networks[name], digests[name], about = load_expert(config, own, root, device, dtype)
-        with naming(own / (LOW_RANK if low_rank else WEIGHTS)):
-            _refuse_mistaken(about, name, NoiseInterval.from_config(config.noise))
+            networks[name], digests[name] = load_named_expert(folder, stage, name, root, device, dtype)
     return _ensemble(leaves, networks), _digest(leaves, digests)
+
+
+def load_named_expert(
+    folder: Path, stage: StageConfig, name: str, root: RootWeights, device: torch.device | str, dtype: torch.dtype
+) -> tuple[EDMPrecond, str]:
+    """One expert's network in the folder of a stage, and the digest of its weights. Raises ValueError as `load_experts`."""
+    own = folder / EXPERTS / name
+    config = _read_config(own / CONFIG, stage, name)
+    network, found, about = load_expert(config, own, root, device, dtype)
+    with naming(own / (LOW_RANK if is_low_rank(own) else WEIGHTS)):
+        _refuse_mistaken(about, name, NoiseInterval.from_config(config.noise))
+    return network, found
 
 
 def bytes_of_experts(folder: Path, leaves: Sequence[Leaf], dtype: torch.dtype, *, one_network: bool = False) -> int:

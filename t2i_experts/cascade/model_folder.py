@@ -4,7 +4,7 @@ model_index.json                    version, stages, sampling defaults, provenan
 base64/config.json                  the stage: network, noise, encoders' widths
 base64/diffusion_pytorch_model.safetensors
 base64/experts/E^3_0/ ...           instead of these weights, those of an ensemble's experts, or beside them, as low-rank differences from
-                                    them: see `expert_folders`
+                                    them: see `expert_folders`; or those of a blend's two, high and low: see `blend_folders`
 base64/low_rank.safetensors         of a run with training.rank: the same weights as the trained difference from those that it began with
 t5/ clip/                           the encoders, which config.json names ./t5 and ./clip; public weights it names as the hub does
 vae/                                the codec in the same way, ./vae, if there is one that has files
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from t2i_experts import __version__
+from t2i_experts.cascade.blend_folders import BLEND, SIDES, BlendState, load_blend, read_ratio, write_blend
 from t2i_experts.cascade.codec import PIXEL, Codec, fits, load_codec
 from t2i_experts.cascade.expert_folders import (
     CONFIG,
@@ -170,6 +171,29 @@ def save_ensemble(
     _save(folder, stage, sampling, leaves, write, conditioner, codec, provenance)
 
 
+def save_blend(
+    folder: Path,
+    stage: StageConfig,
+    sampling: SamplingConfig,
+    blend: BlendState,
+    conditioner: TextConditioner,
+    *,
+    codec: Codec = PIXEL,
+    dtype: torch.dtype | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a model folder of one stage with a blend of two experts, as `save_model` does.
+
+    blend: apart from their networks, their parts of the noise and how often training drops encoders, both experts have the stage's config.
+    Raises ValueError where that is not so; nothing is written then.
+    """
+
+    def write(own: Path, stored: StageConfig) -> None:
+        write_blend(own, stored, blend, dtype)
+
+    _save(folder, stage, replace(sampling, experts={}), (), write, conditioner, codec, provenance, {BLEND: to_plain(blend.ratio)})
+
+
 def _save(
     folder: Path,
     stage: StageConfig,
@@ -179,8 +203,9 @@ def _save(
     conditioner: TextConditioner,
     codec: Codec,
     provenance: Mapping[str, Any] | None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Everything but the networks, which `write` puts into the stage's folder, given the stage as it is stored."""
+    """Everything but the networks, which `write` puts into the stage's folder, given the stage as it is stored. more: for config.json."""
     assert fits(codec, stage), "a model needs the codec of its stage: load_codec(stage)"
     with new_folder(folder) as temporary:
         own = temporary / stage.name
@@ -188,7 +213,7 @@ def _save(
         encoders = conditioner.save(temporary, earlier=folder)
         stage = replace(stage, encoders=encoders, codec=_save_codec(stage.codec, codec, temporary, earlier=folder))
         write(own, stage)
-        write_json(own / CONFIG, stage_tree(stage, leaves))
+        write_json(own / CONFIG, {**stage_tree(stage, leaves), **(more or {})})
         index = {
             "_class_name": "CascadePipeline",
             "t2i_experts_version": __version__,
@@ -231,8 +256,7 @@ def load_model(
     codec = load_codec(config, root=folder, device=device)
     conditioner = TextConditioner.from_config(config.encoders, root=folder, device=device)
     if networks_on is not None:
-        size = bytes_of_experts(own, leaves, dtype, one_network=one_network) if leaves else stored_bytes(own / WEIGHTS, dtype)
-        device = networks_on(conditioner, size)
+        device = networks_on(conditioner, _stored_bytes(own, leaves, dtype, one_network))
     denoiser, found = _load_denoiser(own, config, leaves, device, dtype, one_network)
     stage = Stage(config, denoiser, sampling, codec, {leaf.name: leaf.interval for leaf in leaves})
     provenance = read_provenance(folder)
@@ -257,6 +281,7 @@ def read_configs(folder: Path) -> tuple[StageConfig, SamplingConfig, tuple[Leaf,
     tree = read_json(path)
     tree.pop("_class_name", None)
     listed = {EXPERTS: tree.pop(EXPERTS, None)}
+    tree.pop(BLEND, None)
     with naming(path):
         config: StageConfig = from_plain(StageConfig, tree)
         check_stage(config, prefix="")
@@ -282,11 +307,13 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 def read_network(folder: Path) -> tuple[StageConfig, dict[str, Tensor], str]:
     """The stage of a model folder of one network, its weights as they are in the file, mapped into memory, and their fingerprint.
 
-    Raises ValueError naming the file and the field for a folder that is not whole, and for an ensemble.
+    Raises ValueError naming the file and the field for a folder that is not whole, and for an ensemble or a blend.
     """
     config, _, leaves = read_configs(folder)
     if leaves:
         raise ValueError(f"{folder} is an ensemble of {', '.join(leaf.name for leaf in leaves)}; name a model of one network")
+    if read_ratio(folder / config.name):
+        raise ValueError(f"{folder} is a blend of two experts; name a model of one network")
     weights = read_weights(folder / config.name / WEIGHTS)
     return config, weights, digest(weights)[:16]
 
@@ -301,6 +328,16 @@ def _load_denoiser(
     own: Path, config: StageConfig, leaves: Sequence[Leaf], device: torch.device | str, dtype: torch.dtype, one_network: bool = False
 ) -> tuple[Denoiser, str]:
     """What a stage's folder holds, with its digest."""
+    if read_ratio(own):
+        return load_blend(own, config, device, dtype)
     if not leaves:
         return load_network(config, own / WEIGHTS, device, dtype)
     return load_experts(own, config, leaves, device, dtype, one_network=one_network)
+
+
+def _stored_bytes(own: Path, leaves: Sequence[Leaf], dtype: torch.dtype, one_network: bool) -> int:
+    """What the networks in a stage's folder take in memory."""
+    if leaves:
+        return bytes_of_experts(own, leaves, dtype, one_network=one_network)
+    files = [own / EXPERTS / side / WEIGHTS for side in SIDES] if read_ratio(own) else [own / WEIGHTS]
+    return sum(stored_bytes(path, dtype) for path in files)

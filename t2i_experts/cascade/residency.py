@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from t2i_experts.cascade.model_folder import LoadedModel
 from t2i_experts.conditioning.conditioner import TextConditioner
 from t2i_experts.diffusion.guidance import prepare
+from t2i_experts.experts.blend import RatioBlend
 from t2i_experts.experts.ensemble import ExpertEnsemble, each_network
 from t2i_experts.types import Conditioning, Denoiser
 
@@ -178,6 +179,8 @@ def take_turns(model: LoadedModel, device: torch.device, budget: int) -> LoadedM
     denoiser = stage.denoiser
     chosen = [expert for _, expert in reversed(denoiser.experts)] if isinstance(denoiser, ExpertEnsemble) else [denoiser]
     guests = {id(network): Guest([network], device) for network in chosen if isinstance(network, nn.Module)}
+    if isinstance(denoiser, RatioBlend):  # its two experts answer together, and come together
+        guests |= dict.fromkeys((id(denoiser.high), id(denoiser.low)), guests[id(denoiser)])
     encoders = Guest(encoder_modules(model.conditioner), device)
     residency = Residency([encoders, *(guests[id(network)] for network in chosen)], device, budget)
     visiting = each_network(denoiser, lambda network: Visitor(network, guests[id(network)], residency))

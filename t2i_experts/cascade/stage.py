@@ -15,6 +15,7 @@ from t2i_experts.diffusion.guidance import ClassifierFreeGuidance
 from t2i_experts.diffusion.precond import EDMPrecond, Network
 from t2i_experts.diffusion.thresholding import DynamicThresholding
 from t2i_experts.experts.interval import NoiseInterval
+from t2i_experts.experts.projections import add_projections
 from t2i_experts.experts.sampling import guidance_scale, schedule
 from t2i_experts.nn.unet import UNet
 from t2i_experts.registry import registry
@@ -47,7 +48,7 @@ def build_network(config: StageConfig, *, checkpointed_resolutions: int = 0) -> 
 def build_unet(config: StageConfig, *, in_channels: int, out_channels: int, checkpointed_resolutions: int = 0) -> UNet:
     """The backbone `unet`."""
     network = config.network
-    return UNet(
+    unet = UNet(
         network.resolutions,
         {name: (encoder.width, encoder.pooled_width) for name, encoder in config.encoders.items()},
         in_channels=in_channels,
@@ -59,6 +60,9 @@ def build_unet(config: StageConfig, *, in_channels: int, out_channels: int, chec
         dropout=network.dropout,
         checkpointed_resolutions=checkpointed_resolutions,
     )
+    if network.projections:
+        add_projections(unet, "stream")
+    return unet
 
 
 def image_shapes(config: StageConfig) -> list[tuple[int, int]]:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from t2i_experts.cli.experts_blend import blend
 from t2i_experts.cli.experts_boundaries import boundaries
 from t2i_experts.cli.experts_loss import loss
+from t2i_experts.cli.experts_merge import merge
 from t2i_experts.cli.experts_ranks import ranks
 from t2i_experts.cli.experts_train import status, train
 from t2i_experts.cli.importing import without_collecting
@@ -197,4 +199,6 @@ app.command()(train)
 app.command()(status)
 app.command()(loss)
 app.command()(ranks)
+app.command()(merge)
+app.command()(blend)
 app.command()(boundaries)

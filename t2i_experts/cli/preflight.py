@@ -59,7 +59,8 @@ def initial(config: RunConfig) -> list[Finding]:
     from t2i_experts.training.checkpoints import checkpoints
     from t2i_experts.training.initial import read_initial
 
-    name = config.training.initial
+    name, blend = config.training.initial, config.training.blend
+    name = f"{blend.high} and {blend.low}" if blend.high is not None else name
     if name is None or checkpoints(Path(config.output)):
         return []
     try:
@@ -150,6 +151,8 @@ def memory_rows(config: RunConfig, memory: TrainingMemory, sampling: SamplingMem
         *(Finding(name, size(getattr(memory, name)), getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "averages")),
         Finding("encoders", _encoder_sizes(memory), dict(memory.encoders), note=_unknown(memory)),
     ]
+    if memory.parent:
+        rows.append(Finding("parent", size(memory.parent), memory.parent))
     if config.stage.codec.latents:
         unknown = "the codec is not in the estimates: what it is is not known here" if memory.codec is None else ""
         rows.append(Finding("codec", "unknown" if memory.codec is None else size(memory.codec), memory.codec, note=unknown))

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from t2i_experts.config.expert_rules import check_node_name
+from t2i_experts.config.expert_rules import check_node_name, check_ratio
 from t2i_experts.config.origins import Setting
 from t2i_experts.config.rules import check_sampling, check_stage, check_stage_name, check_threshold, is_url
 from t2i_experts.config.schema import (
+    BlendConfig,
     CodecConfig,
     DataConfig,
+    DecoupleConfig,
     EMAConfig,
     EncoderConfig,
     ExpertSamplingConfig,
@@ -20,6 +22,7 @@ from t2i_experts.config.schema import (
     NoiseConfig,
     OptimizerConfig,
     PreviewConfig,
+    RatioConfig,
     ResolutionSpec,
     RunConfig,
     SamplingConfig,
@@ -43,8 +46,10 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "BlendConfig",
     "CodecConfig",
     "DataConfig",
+    "DecoupleConfig",
     "EMAConfig",
     "EncoderConfig",
     "ExpertSamplingConfig",
@@ -54,6 +59,7 @@ __all__ = [
     "NoiseConfig",
     "OptimizerConfig",
     "PreviewConfig",
+    "RatioConfig",
     "ResolutionSpec",
     "RunConfig",
     "SamplingConfig",
@@ -64,6 +70,7 @@ __all__ = [
     "build_config",
     "changes",
     "check_node_name",
+    "check_ratio",
     "check_sampling",
     "check_stage",
     "check_stage_name",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-from t2i_experts.config.schema import ExpertsConfig, RunConfig
+from t2i_experts.config.schema import BlendConfig, DecoupleConfig, ExpertsConfig, RatioConfig, RunConfig
 
 
 def read_quantiles(quantiles: Sequence[str], where: str) -> tuple[Fraction, Fraction]:
@@ -42,6 +43,60 @@ def check_expert(config: RunConfig) -> None:
             f"training.preview.every_images={preview.every_images}: a network of stage.noise.quantiles={quantiles} draws no picture alone; "
             "name a model for all other noise in training.preview.around or training.initial, or set it to 0"
         )
+
+
+def check_decouple(config: RunConfig) -> None:
+    """What training as DeMe's needs of a run, that of one expert: a parent, and noise that is not its own."""
+    decouple, key = config.training.decouple, "training.decouple"
+    if not 0 <= decouple.everywhere <= 1:
+        raise ValueError(f"{key}.everywhere={decouple.everywhere} must lie in [0, 1]; 0 draws the run's own noise alone")
+    if decouple.consistency and config.training.initial is None:
+        raise ValueError(
+            f"{key}.consistency={decouple.consistency} needs training.initial, the model to stay near to; the nodes of a tree have one: "
+            "for them, say it in experts.overrides"
+        )
+    if decouple.everywhere and whole(config.stage.noise.quantiles):
+        raise ValueError(
+            f"{key}.everywhere={decouple.everywhere} would be ignored: without stage.noise.quantiles all noise is the run's own; for the "
+            "nodes of a tree, say it in experts.overrides"
+        )
+    if decouple.projections and config.stage.network.backbone != "unet":
+        raise ValueError(f"{key}.projections=true is the unet's; the backbone {config.stage.network.backbone!r} has none")
+    if decouple.projections and config.training.rank:
+        raise ValueError(f"{key}.projections=true trains whole matrices, which training.rank={config.training.rank} keeps as they are")
+
+
+def check_ratio(ratio: RatioConfig, where: str) -> None:
+    """Raises ValueError, naming the field after `where`, for a ratio that cannot be."""
+    if not ratio.steepness > 0:
+        raise ValueError(f"{where}.steepness={ratio.steepness} must be positive; inf is the hard split")
+    try:
+        if not 0 < Fraction(ratio.middle) < 1:
+            raise ValueError
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{where}.middle={ratio.middle} must be a quantile between 0 and 1, a number or a fraction such as 1/2") from None
+    if ratio.kind == "learned" and ratio.steepness == math.inf:
+        raise ValueError(f"{where}.steepness=inf: a learned ratio must begin at a finite one, for the hard split passes no gradients on")
+
+
+def check_blend(config: RunConfig) -> None:
+    """What a run that trains a blend needs, and may not have."""
+    blend, key = config.training.blend, "training.blend"
+    check_ratio(blend.ratio, f"{key}.ratio")
+    if (blend.high is None) != (blend.low is None) or (blend.high is None and blend != BlendConfig()):
+        raise ValueError(f"{key}.high={blend.high!r}, {key}.low={blend.low!r}: a blend needs both, the models with which it begins")
+    if blend.high is None:
+        return
+    others = {
+        "training.initial": config.training.initial,
+        "training.decouple": None if config.training.decouple == DecoupleConfig() else "set",
+        "training.ema.snapshot_every_images": config.training.ema.snapshot_every_images or None,
+        "stage.noise.quantiles": None if whole(config.stage.noise.quantiles) else config.stage.noise.quantiles,
+        "experts.leaves": config.experts.leaves or None,
+    }
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(f"{name}={value} does not go with {key}, which trains two networks over all noise from its own models")
 
 
 def require_experts(config: RunConfig) -> None:

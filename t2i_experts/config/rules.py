@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
-from t2i_experts.config.expert_rules import check_expert, check_experts, read_quantiles
+from t2i_experts.config.expert_rules import check_blend, check_decouple, check_expert, check_experts, read_quantiles
 from t2i_experts.config.schema import (
     CodecConfig,
     EMAConfig,
@@ -89,6 +89,7 @@ _TRAINING = {
         "optimizer.eps",
         "optimizer.weight_decay",
         "optimizer.clip_norm",
+        "decouple.consistency",
         "ema.rampup",
         "ema.snapshot_every_images",
         "preview.every_images",
@@ -330,6 +331,8 @@ def check(config: RunConfig) -> None:
         raise ValueError(f"training.validation.every_images={every} needs data.validation; set it to 0, or name a shard folder there")
     check_experts(config.experts)
     check_expert(config)
+    check_decouple(config)
+    check_blend(config)
     for name in config.sampling.experts:
         if name not in config.experts.leaves:
             raise ValueError(f"sampling.experts.{name}: no such expert; experts.leaves={config.experts.leaves} names those that there are")

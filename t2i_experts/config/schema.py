@@ -31,6 +31,8 @@ class NetworkConfig:
     `embedding_channels` and `context_channels`.
     patch_size: with p > 1 the first resolution has 1/p of the image's side, each of its pixels holding p x p of the image's. Most of the
     cost of a U-Net lies in its first resolution, which becomes p^2 times cheaper.
+    projections: 1x1 convolutions, at first the identity, behind the last block of each resolution on the way down and up, and behind the
+    middle: where DeMe has them (Xie et al. 2410.06664) in experts that are to be merged. They can be added to weights without them.
     backbone: its name in the registry. options: settings of any other backbone than `unet`, which are its own.
     """
 
@@ -40,6 +42,7 @@ class NetworkConfig:
     context_channels: int = 0
     head_channels: int = 64
     dropout: float = 0.0
+    projections: bool = False
     backbone: str = "unet"
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -195,6 +198,47 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class RatioConfig:
+    """How much of a blend's answer is the high-noise expert's, by the quantile u of the noise (t2i_experts/experts/ratio.py).
+
+    kind: `linear`, u; `sigmoid`, 1 / (1 + exp(-steepness (u - middle))); `learned`, which begins there. steepness: inf is the hard split.
+    middle: a quantile, a number or a fraction such as 1/2.
+    """
+
+    kind: Literal["linear", "sigmoid", "learned"] = "sigmoid"
+    steepness: float = 20.0
+    middle: str = "1/2"
+
+
+@dataclass(frozen=True)
+class BlendConfig:
+    """Training of two networks and the ratio in which they answer, together, over all noise; off unless high and low are said.
+
+    high, low: the model folders, of this stage and network, with whose weights the two begin. A run that has a checkpoint needs them no
+    more.
+    """
+
+    high: str | None = None
+    low: str | None = None
+    ratio: RatioConfig = field(default_factory=RatioConfig)
+
+
+@dataclass(frozen=True)
+class DecoupleConfig:
+    """Training of an expert that is to be merged with others, as DeMe's (Xie et al. 2410.06664); off unless said.
+
+    consistency: weight, in the loss, of the squared distance from what the parent, `training.initial`, denoises; the paper's is 1.
+    everywhere: probability that a noise level is drawn from all noise and not the run's own part; the paper's is 0.3.
+    projections: matrices over channels on the last convolution of each residual branch, at first the identity, train with the weights;
+    the model folder holds the products, an ordinary network. The paper's own placement is `stage.network.projections`.
+    """
+
+    consistency: float = 0.0
+    everywhere: float = 0.0
+    projections: bool = False
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """A training run. Everything that counts, counts images seen; batch_size is over all processes and accumulation steps.
 
@@ -232,6 +276,8 @@ class TrainingConfig:
     rollbacks: int = 0
     log_every_images: int = MISSING
     trackers: list[str] = field(default_factory=list)
+    decouple: DecoupleConfig = field(default_factory=DecoupleConfig)
+    blend: BlendConfig = field(default_factory=BlendConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)

@@ -5,6 +5,7 @@ Between a single network, r constant, and the hard routing of eDiff-I, r a step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -24,17 +25,19 @@ class RatioBlend(nn.Module):
         high, low: the experts for high and low noise.
         ratio: see `Ratio`.
         saturation: r at most this far from 0 or 1 counts as 0 or 1 and costs one evaluation of the one expert. The other one, and the
-            ratio, then get no gradients there; 0 leaves out an expert only where r is exactly 0 or 1.
+            ratio, then get no gradients there; 0 leaves out an expert only where r is exactly 0 or 1. None: for (B,) sigmas both are
+            evaluated on all rows, whatever r is: for training, where nothing then waits for the device, and every process has
+            gradients of all weights.
 
     Raises ValueError unless 0 <= saturation < 1/2.
     """
 
-    def __init__(self, high: Denoiser, low: Denoiser, ratio: Ratio, *, saturation: float = 1e-3) -> None:
+    def __init__(self, high: Denoiser, low: Denoiser, ratio: Ratio, *, saturation: float | None = 1e-3) -> None:
         super().__init__()
-        if not 0 <= saturation < 0.5:
+        if saturation is not None and not 0 <= saturation < 0.5:
             raise ValueError(f"saturation={saturation} must lie in [0, 0.5)")
-        self.high = high
-        self.low = low
+        self.high: Denoiser = high
+        self.low: Denoiser = low
         self.ratio = ratio
         self.saturation = saturation
 
@@ -57,6 +60,10 @@ class RatioBlend(nn.Module):
         if sigma.ndim == 0:
             return self._together(x, sigma, r, conditioning)
         weights = r.to(x.device, torch.float32)
+        if self.saturation is None:
+            high, low = self.apart(x, sigma, conditioning)
+            share = weights[:, None, None, None]
+            return share * high + (1 - share) * low
         high = self._share(x, sigma, weights, "high", conditioning)
         low = self._share(x, sigma, 1 - weights, "low", conditioning)
         return high + low
@@ -64,8 +71,14 @@ class RatioBlend(nn.Module):
     def saturated(self, sigma: Tensor) -> Tensor:
         """The ratio in effect, float64 of sigma's shape: r, and 0 or 1 where one expert answers alone."""
         r = self.ratio(sigma)
+        if self.saturation is None:
+            return r
         r = torch.where(r <= self.saturation, torch.zeros_like(r), r)
         return torch.where(r >= 1 - self.saturation, torch.ones_like(r), r)
+
+    def map(self, function: Callable[[Denoiser], Denoiser]) -> RatioBlend:
+        """The blend with function(expert) in the place of each of the two."""
+        return RatioBlend(function(self.high), function(self.low), self.ratio, saturation=self.saturation)
 
     def apart(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
         """What each expert denoises alone, at any noise level: D_high and D_low, arguments and shapes as of a call. For looking at."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from t2i_experts.diffusion.guidance import prepare
+from t2i_experts.experts.blend import RatioBlend
 from t2i_experts.experts.interval import NoiseInterval, complement
 from t2i_experts.types import Conditioning, Denoiser
 
@@ -100,8 +101,8 @@ def _refuse_prepared(conditioning: Conditioning) -> None:
 
 
 def each_network(denoiser: Denoiser, function: Callable[[Denoiser], Denoiser]) -> Denoiser:
-    """function(denoiser), or the ensemble with function(network) in the place of every network."""
-    return denoiser.map(function) if isinstance(denoiser, ExpertEnsemble) else function(denoiser)
+    """function(denoiser), or the ensemble or blend with function(network) in the place of every network."""
+    return denoiser.map(function) if isinstance(denoiser, (ExpertEnsemble, RatioBlend)) else function(denoiser)
 
 
 def _check_partition(intervals: Sequence[NoiseInterval]) -> None:

@@ -69,9 +69,10 @@ def trained_difference(state: State, root: str) -> LowRankDifference:
 
     What is no factor is stored whole, whether it has changed or not.
     """
-    names = [name.removesuffix(_ORIGINAL) for name in state if name.endswith(_ORIGINAL)]
+    names = _layers(state)
     factors = {f"{name}.weight": Factors(state[name + _UP].detach().clone(), state[name + _DOWN].detach().clone()) for name in names}
-    whole = {name: tensor.detach().clone() for name, tensor in state.items() if ".parametrizations.weight." not in name}
+    parts = {name + part for name in names for part in (_ORIGINAL, _UP, _DOWN)}
+    whole = {name: tensor.detach().clone() for name, tensor in state.items() if name not in parts}
     return LowRankDifference(root, factors, whole)
 
 
@@ -83,7 +84,12 @@ def plain_state(state: State) -> dict[str, Tensor]:
 
 def _fixed(state: State) -> dict[str, Tensor]:
     """The root's matrices, by the names that they have in the root."""
-    return {name.removesuffix(_ORIGINAL) + ".weight": tensor for name, tensor in state.items() if name.endswith(_ORIGINAL)}
+    return {name + ".weight": state[name + _ORIGINAL] for name in _layers(state)}
+
+
+def _layers(state: State) -> list[str]:
+    """The layers of low rank; other parametrisations are none of ours."""
+    return [name.removesuffix(_UP) for name in state if name.endswith(_UP)]
 
 
 def _is_smaller(weight: Tensor, rank: int) -> bool:

@@ -25,6 +25,9 @@ class Evaluation:
     loss: float
 
 
+Tell = Callable[[Evaluation], None]
+
+
 @dataclass(frozen=True)
 class MergeSearch:
     """What a search found.
@@ -39,12 +42,13 @@ class MergeSearch:
 
 
 class Merges:
-    """The losses of merges of some experts, each weight evaluated once. root, experts: as `merge` takes them."""
+    """The losses of merges of some experts, each weight evaluated once. root, experts: as `merge` takes them. tell: is told each."""
 
-    def __init__(self, root: State, experts: Sequence[State], loss: Loss) -> None:
+    def __init__(self, root: State, experts: Sequence[State], loss: Loss, tell: Tell | None = None) -> None:
         self.root = root
         self.experts = experts
         self.loss = loss
+        self.tell = tell
         self._found: dict[Weights, float] = {}
 
     def __call__(self, weights: Iterable[float]) -> float:
@@ -52,6 +56,8 @@ class Merges:
         key = tuple(float(weight) for weight in weights)
         if key not in self._found:
             self._found[key] = float(self.loss(merge(self.root, self.experts, key)))
+            if self.tell is not None:
+                self.tell(Evaluation(key, self._found[key]))
         return self._found[key]
 
     @property
@@ -89,10 +95,12 @@ def search_coordinates(
     step: float = 0.25,
     smallest_step: float = 0.03125,
     evaluations: int = 200,
+    tell: Tell | None = None,
 ) -> MergeSearch:
     """From the root or the plain average, whichever is better, one weight after another a step up or down, as long as that helps.
 
-    When no weight can be improved, the step is halved, down to `smallest_step`. At most `evaluations` are made, the first two included.
+    When no weight can be improved, the step is halved, down to `smallest_step`. At most `evaluations` are made, the first two included;
+    each is told to `tell` as it is made.
 
     Raises ValueError unless 0 < smallest_step <= step and evaluations >= 2.
     """
@@ -100,7 +108,7 @@ def search_coordinates(
         raise ValueError(f"step={step}, smallest_step={smallest_step} must satisfy 0 < smallest_step <= step")
     if evaluations < 2:
         raise ValueError(f"evaluations={evaluations} must be >= 2: the root and the plain average are measured first")
-    merges = _begun(root, experts, loss)
+    merges = _begun(root, experts, loss, tell)
     while step >= smallest_step:
         at = merges.best
         for weights in _neighbours(at.weights, step):
@@ -113,10 +121,10 @@ def search_coordinates(
     return merges.report(held_out)
 
 
-def _begun(root: State, experts: Sequence[State], loss: Loss) -> Merges:
+def _begun(root: State, experts: Sequence[State], loss: Loss, tell: Tell | None = None) -> Merges:
     if not experts:
         raise ValueError("there are no experts to merge")
-    merges = Merges(root, experts, loss)
+    merges = Merges(root, experts, loss, tell)
     merges([0.0] * len(experts))
     merges([1 / len(experts)] * len(experts))
     return merges

@@ -21,6 +21,7 @@ from t2i_experts.nn.unet import UNet, UNetBlock
 
 Placement = Literal["branch", "stream"]
 
+_STREAM = ".projection.weight"
 _ORIGINAL, _MATRIX = (f".parametrizations.weight.{part}" for part in ("original", "0.matrix"))
 
 
@@ -33,7 +34,8 @@ class Projection(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """weight: (out, in, k, k). Returns the same shape."""
-        with torch.autocast(weight.device.type, enabled=False):
+        kind = "cpu" if weight.is_meta else weight.device.type  # autocast knows no meta device, where nothing is computed
+        with torch.autocast(kind, enabled=False):
             return _project(self.matrix, weight)
 
 
@@ -64,16 +66,26 @@ def add_projections(network: nn.Module, placement: Placement) -> None:
 def fold(state: State) -> dict[str, Tensor]:
     """The weights of the ordinary network that a state with projections of branches stands for, under their own names.
 
-    Computed as in the network itself: its answers do not change. Other tensors, those of projections of the stream too, stay as they are.
+    Computed as in the network itself: its answers do not change. Other tensors, those of projections of the stream too, are those of the
+    state, and not copies.
     """
     folded = {}
     for name, tensor in state.items():
         if name.endswith(_ORIGINAL) and name.removesuffix(_ORIGINAL) + _MATRIX in state:
             layer = name.removesuffix(_ORIGINAL)
-            folded[f"{layer}.weight"] = _project(state[layer + _MATRIX], tensor).detach().clone()
+            folded[f"{layer}.weight"] = _project(state[layer + _MATRIX], tensor).detach()
         elif not name.endswith(_MATRIX):
-            folded[name] = tensor.detach().clone()
+            folded[name] = tensor.detach()
     return folded
+
+
+def with_identities(state: State, network: nn.Module) -> dict[str, Tensor]:
+    """A state, and the identity for each projection of the stream that `network` has and the state has not: the same answers.
+
+    network: may be on the meta device.
+    """
+    added = {name: tensor for name, tensor in network.state_dict().items() if name.endswith(_STREAM) and name not in state}
+    return {**state, **{name: nn.init.dirac_(torch.empty(tensor.shape)) for name, tensor in added.items()}}
 
 
 def _identity(block: ResidualBlock) -> Convolution:

@@ -14,11 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from t2i_experts.config import RatioConfig
 from t2i_experts.diffusion.noise import NoiseDistribution
 from t2i_experts.experts.interval import EDM_NOISE, NoiseInterval
 
 Ratio = Callable[[Tensor], Tensor]
 """sigma, 0-d or (B,), positive -> r in [0, 1], float64 of sigma's shape and on its device."""
+
+
+def build_ratio(config: RatioConfig, noise: NoiseDistribution) -> Ratio:
+    """The ratio that a config, which `check_ratio` has passed, asks for; a learned one as it begins."""
+    if config.kind == "linear":
+        return LinearRatio(noise)
+    sigmoid = SigmoidRatio(config.steepness, Fraction(config.middle), noise)
+    return sigmoid if config.kind == "sigmoid" else LearnedRatio(sigmoid)
 
 
 class LinearRatio:

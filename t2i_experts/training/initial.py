@@ -1,7 +1,8 @@
 """The weights that a run begins with: those of a model folder, if `training.initial` names one.
 
 Fine-tuning, and the children of a tree of experts, begin with the averaged weights of another run; the optimiser, the warm-up of its
-learning rate and the average begin anew. A checkpoint remembers where the weights came from and their fingerprint, and needs them no more.
+learning rate and the average begin anew. A checkpoint remembers where the weights came from and their fingerprint, and needs them no more,
+unless the run is to stay near them (`DecoupleConfig.consistency`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from t2i_experts.cascade.model_folder import find_model, read_network, read_prov
 from t2i_experts.cascade.stage import build_network
 from t2i_experts.cascade.weights import refuse_misfit
 from t2i_experts.config import RunConfig, StageConfig, TrainingConfig
+from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.experts.lowrank_training import add_low_rank
+from t2i_experts.experts.projections import with_identities
 from t2i_experts.training.checkpoints import read_facts
 
 
@@ -58,11 +61,17 @@ class InitialWeights:
 def read_initial(config: RunConfig) -> InitialWeights | None:
     """The weights that a run without checkpoints begins with; None for fresh ones.
 
-    Raises ValueError that names `training.initial` for one that is no model folder, of another stage, or does not fit the network.
+    Raises ValueError that names `training.initial`, or `training.blend`, for one that is no model folder, of another stage, or does not
+    fit the network.
     """
+    if config.training.blend.high is not None:
+        return _read_blended(config)
     name = config.training.initial
-    if name is None:
-        return None
+    return None if name is None else _read(config, name, "training.initial")
+
+
+def _read(config: RunConfig, name: str, key: str) -> InitialWeights:
+    """The weights of a model folder for a network of this run. Raises ValueError that names the key that names it."""
     try:
         folder = find_model(name)
         stage, weights, fingerprint = read_network(folder)
@@ -70,10 +79,11 @@ def read_initial(config: RunConfig) -> InitialWeights | None:
             raise ValueError(f"it is a model of the stage {stage.name}, and this run trains {config.stage.name}")
         with torch.device("meta"):
             network = build_network(config.stage)
+        weights = with_identities(weights, network)
         refuse_misfit(network, weights, "the network of this run")
         initial = InitialWeights(weights, stage, name, fingerprint, read_provenance(folder))
     except ValueError as error:
-        raise ValueError(f"training.initial={name!r}: {error}") from error
+        raise ValueError(f"{key}={name!r}: {error}") from error
     with torch.device("meta"):
         at_rank(network, config.training)
     return initial
@@ -89,6 +99,19 @@ def at_rank(network: nn.Module, training: TrainingConfig) -> None:
             add_low_rank(network, training.rank)
         except ValueError as error:
             raise ValueError(f"training.{error}; take a smaller one, or 0 to train all weights") from error
+
+
+def _read_blended(config: RunConfig) -> InitialWeights:
+    """Those of both networks of a blend; a learned ratio begins by itself."""
+    blend = config.training.blend
+    assert blend.high is not None and blend.low is not None, "check_blend"
+    high, low = _read(config, blend.high, "training.blend.high"), _read(config, blend.low, "training.blend.low")
+    for kind in ("encoders", "codec"):
+        if high.provenance.get(kind) != low.provenance.get(kind):
+            raise ValueError(f"training.blend.low={blend.low!r} was trained with other {kind} than training.blend.high={blend.high!r}")
+    weights = {f"{side}.{name}": tensor for side, one in (("high", high), ("low", low)) for name, tensor in one.weights.items()}
+    model, fingerprint = f"{blend.high} and {blend.low}", f"{high.fingerprint} {low.fingerprint}"
+    return InitialWeights(weights, high.stage, model, fingerprint, {**high.provenance, "images_seen": None})
 
 
 def check_initial(config: RunConfig, checkpoint: Path) -> list[str]:
@@ -115,3 +138,33 @@ def check_initial(config: RunConfig, checkpoint: Path) -> list[str]:
         )
     text = f"has changed since this run began with it (weights {recorded['fingerprint']}, now {found}); the run goes on with its own"
     return [f"warning: training.initial={name!r} {text}"]
+
+
+def open_parent(
+    config: RunConfig, checkpoint: Path | None, encoders: Mapping[str, str], codec: str | None, device: torch.device
+) -> EDMPrecond:
+    """`training.initial` as a frozen denoiser, which a run with `training.decouple.consistency` needs from its beginning to its end.
+
+    checkpoint: that the run goes on from; the weights must be those that it began with. encoders, codec: see `InitialWeights.unlike`.
+
+    Raises ValueError that names `training.initial` for one that cannot be read, holds other weights now, or was used to other inputs.
+    """
+    name, why = config.training.initial, f"training.decouple.consistency={config.training.decouple.consistency:g} needs it all the time"
+    assert name is not None, "check_decouple"
+    try:
+        folder = find_model(name)
+        stage, weights, fingerprint = read_network(folder)
+    except ValueError as error:
+        raise ValueError(f"training.initial={name!r}: {error}; {why}") from error
+    recorded = read_facts(checkpoint).get("initial") if checkpoint is not None else None
+    if recorded is not None and recorded["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"training.initial={name!r} holds the weights {fingerprint} now, and the run in {config.output} began with "
+            f"{recorded['fingerprint']}; {why}: put them back, or give the run another output folder"
+        )
+    found = InitialWeights(weights, stage, name, fingerprint, read_provenance(folder))
+    if unlike := found.unlike(config.stage, encoders, codec):
+        raise ValueError(f"{unlike[0].removeprefix('warning: ')}: a distance from what it says then has no meaning; {why}")
+    network = build_network(stage)
+    network.load_state_dict(weights)
+    return network.to(device).eval().requires_grad_(False)

@@ -17,6 +17,7 @@ from t2i_experts.conditioning.conditioner import Encoder, TextConditioner
 from t2i_experts.conditioning.stored import StoredTextEncoder, text_encoders
 from t2i_experts.config import EncoderConfig, RunConfig
 from t2i_experts.diffusion.compiling import compile_denoiser
+from t2i_experts.experts.projections import add_projections
 from t2i_experts.shards.reader import Sample
 from t2i_experts.training.allocations import occupied
 from t2i_experts.training.ema import build_ema
@@ -25,6 +26,7 @@ from t2i_experts.training.memory import largest_shape, micro_batch
 from t2i_experts.training.optim import build_optimizer
 from t2i_experts.training.step import add_gradients, apply_gradients, avoid_cudnn_attention
 from t2i_experts.training.task import DiffusionTask
+from t2i_experts.training.trainable import build_trainable, networks_of
 from t2i_experts.training.uncertainty import LearnedWeighting
 from t2i_experts.types import TextFeatures
 
@@ -61,14 +63,22 @@ def measure_training(config: RunConfig, *, processes: int = 1) -> MeasuredStep:
     conditioner = TextConditioner({**stand_ins, **at_work.encoders}, config.stage.encoders)
     codec = load_codec(config.stage, device=device)
     bf16 = training.precision == "bf16"
-    task = DiffusionTask(config.stage, conditioner, seed=training.seed, device=device, bf16=bf16, codec=codec)
-    network = build_network(config.stage, checkpointed_resolutions=training.gradient_checkpointing)
+    parent = build_network(config.stage).to(device).eval().requires_grad_(False) if training.decouple.consistency else None
+    task = DiffusionTask(
+        config.stage, conditioner, seed=training.seed, device=device, bf16=bf16, codec=codec, decouple=training.decouple, parent=parent
+    )
+    network = build_trainable(config)
     at_rank(network, training)
     network = network.to(device)
+    if training.decouple.projections:
+        add_projections(network, "branch")
     ema, optimizer = build_ema(network, training.ema), build_optimizer(network, training.optimizer)
     weighting = LearnedWeighting(training.optimizer, device) if training.uncertainty_weighting else None
     if training.compile:
-        compile_denoiser(network, training=True, dynamic=False if config.stage.buckets else None)
+        for one in networks_of(network):
+            compile_denoiser(one, training=True, dynamic=False if config.stage.buckets else None)
+        if parent is not None:
+            compile_denoiser(parent, training=False, dynamic=False if config.stage.buckets else None)
     width, height = largest_shape(config.stage)
     pictures = torch.randint(256, (batch_size, IMAGE_CHANNELS, height, width), dtype=torch.uint8)
     caption = "a picture of many things " * max(encoder.max_tokens for encoder in config.stage.encoders.values())
@@ -86,7 +96,7 @@ def measure_training(config: RunConfig, *, processes: int = 1) -> MeasuredStep:
     def held() -> int:
         moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
         modules = [network, getattr(ema, "networks", ema.network), *(encoder.model for encoder in conditioner.encoders.values())]
-        modules += [codec.model] if codec.model is not None else []
+        modules += [module for module in (codec.model, parent) if module is not None]
         return occupied([*moments, *(t for module in modules for t in (*module.parameters(), *module.buffers()))])
 
     step()  # the moments come into being; code is compiled

@@ -23,9 +23,12 @@ from t2i_experts.conditioning.stored import text_encoders
 from t2i_experts.config import RunConfig, StageConfig, TrainingConfig
 from t2i_experts.diffusion.loss import EDMLoss
 from t2i_experts.diffusion.precond import EDMPrecond
+from t2i_experts.experts.decouple import DecoupleLoss
+from t2i_experts.experts.projections import add_projections
 from t2i_experts.training.allocations import Allocations, held_by, materialized
 from t2i_experts.training.compiled import compiled_activations
 from t2i_experts.training.initial import at_rank
+from t2i_experts.training.trainable import build_trainable
 from t2i_experts.types import Conditioning, Embedding
 
 
@@ -37,7 +40,7 @@ class TrainingMemory:
     name, None if its architecture is not known here; such an encoder is missing in the sum. gradients: of all weights. activations: what
     there is beside all these at the worst moment of a step: what the backward pass remembers, its temporaries, the encoders' outputs.
     compiled: whether the activations are those of compiled code. uncompiled: the activations of code that is not. codec: the weights of
-    the codec, as for an encoder.
+    the codec, as for an encoder. parent: the weights that a run with `training.decouple.consistency` is to stay near to.
     """
 
     batch_size: int
@@ -51,12 +54,13 @@ class TrainingMemory:
     compiled: bool
     uncompiled: int
     codec: int | None = 0
+    parent: int = 0
 
     @property
     def total(self) -> int:
         """At the worst moment."""
         known = sum(size for size in (*self.encoders.values(), self.codec) if size is not None)
-        return self.weights + self.gradients + self.optimizer + self.averages + known + self.activations
+        return self.weights + self.gradients + self.optimizer + self.averages + self.parent + known + self.activations
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,11 @@ def estimate_training(config: RunConfig, *, processes: int = 1) -> TrainingMemor
     training, stage = config.training, config.stage
     batch = micro_batch(training, processes)
     with torch.device("meta"):
-        network = build_network(stage, checkpointed_resolutions=training.gradient_checkpointing)
+        network = build_trainable(config)
         at_rank(network, training)
+        if training.decouple.projections:
+            add_projections(network, "branch")
+        parent = build_network(stage).requires_grad_(False) if training.decouple.consistency else None
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     weights, gradients = held_by(network), sum(parameter.nbytes for parameter in trained)
     stored = text_encoders(stage.encoders) if config.data.embeddings == "stored" else ()  # never on the device
@@ -106,6 +113,9 @@ def estimate_training(config: RunConfig, *, processes: int = 1) -> TrainingMemor
         codec_weights = _codec_weights(codec)
         encoders = {name: blank and _faked(blank) for name, blank in blanks.items()}
         materialized(network)
+        loss_of: EDMLoss | DecoupleLoss = EDMLoss(stage.noise.sigma_data)
+        if parent is not None:
+            loss_of = DecoupleLoss(materialized(parent), training.decouple.consistency, stage.noise.sigma_data)
         bf16 = torch.autocast("cpu", torch.bfloat16, enabled=training.precision == "bf16")
         # Gradients that are added to exist all the time: those of a step's earlier batches, and those that processes share in buckets.
         passes = 1 if training.accumulation == processes == 1 else 2
@@ -116,14 +126,17 @@ def estimate_training(config: RunConfig, *, processes: int = 1) -> TrainingMemor
                 conditioning = _encoded(stage, encoders, images, {name: 1 - e.drop for name, e in stage.encoders.items()})
                 latents = _denoised(stage, batch) if codec is None else codec.encode(images)
                 latents = latents.contiguous(memory_format=torch.channels_last)
-                encoding = encoding or allocations.peak
                 sigma, eps = torch.rand(batch), torch.randn(latents.shape)
+                if parent is not None and not encoding:
+                    with bf16, torch.no_grad():
+                        parent(latents, sigma, conditioning)  # as it will be in the loss: before the network, for what counts as encoding
+                encoding = encoding or allocations.peak
                 with bf16:
-                    loss = EDMLoss(stage.noise.sigma_data)(network, latents, sigma, eps, conditioning)
+                    loss = loss_of(network, latents, sigma, eps, conditioning)
                 del conditioning
                 loss.mean().backward()
         peak = uncompiled = max(allocations.peak, gradients)
-        remembered = _compiled(config, network, batch, bf16) if training.compile else None
+        remembered = _compiled(config, network, batch, bf16) if training.compile and isinstance(network, EDMPrecond) else None
         if remembered is not None:
             peak = max(max(remembered, encoding) + (gradients if passes > 1 else 0), gradients)
     return TrainingMemory(
@@ -138,6 +151,7 @@ def estimate_training(config: RunConfig, *, processes: int = 1) -> TrainingMemor
         compiled=remembered is not None,
         uncompiled=uncompiled - gradients,
         codec=codec_weights,
+        parent=0 if parent is None else held_by(parent),
     )
 
 

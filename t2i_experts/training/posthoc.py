@@ -21,6 +21,7 @@ from torch import Tensor
 from t2i_experts.cascade.model_folder import INDEX, load_model, save_model
 from t2i_experts.cascade.new_folder import flush
 from t2i_experts.experts.lowrank_training import plain_state
+from t2i_experts.experts.projections import fold
 from t2i_experts.training.power_ema import PowerFunctionEMA, Profile, posthoc_coefficients
 
 
@@ -55,7 +56,8 @@ def drop_later_snapshots(root: Path, images_seen: int) -> None:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """weights: of a network, float32, averaged with `profile`, but for a relative distance `profile_error`, from `snapshots` of them."""
+    """weights: of a network, float32, averaged with `profile`, but for a relative distance `profile_error`, from `snapshots` of them, and
+    then folded if they were trained with projections."""
 
     weights: Mapping[str, Tensor]
     profile: Profile
@@ -98,7 +100,7 @@ def reconstruct(root: Path, sigma_rel: float, images_seen: int | None = None) ->
         for name, tensor in weights.items():
             part = tensor.double() * coefficient
             total[name] = total[name].add_(part) if name in total else part
-    return Reconstruction({name: tensor.float() for name, tensor in total.items()}, target, error, used)
+    return Reconstruction(fold({name: tensor.float() for name, tensor in total.items()}), target, error, used)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from t2i_experts.config import CodecConfig, NoiseConfig
+from t2i_experts.config import CodecConfig, DecoupleConfig, NoiseConfig
 from t2i_experts.config.expert_rules import whole
 from t2i_experts.experts.interval import NoiseInterval
 from t2i_experts.training.history import History, Run, comparable_validations, facts, range_of
@@ -164,6 +164,7 @@ def _trained(run: Run) -> Iterator[str]:
             f"{rate.learning_rate:g}, warm-up over {rate.warmup_images:,} images, then {rate.schedule}; clipped at norm {rate.clip_norm:g}",
         ),
         ("averaging", averaging),
+        *([("for merging", _decoupled(training.decouple))] if training.decouple != DecoupleConfig() else []),
     ]
     yield _table(("", ""), rows)
     encoders = [
@@ -172,6 +173,18 @@ def _trained(run: Run) -> Iterator[str]:
     ]
     yield _table(("encoder", "kind", "model", "tokens", "width", "dropped"), encoders)
     yield "All values: `config.yaml` beside `log.jsonl`."
+
+
+def _decoupled(decouple: DecoupleConfig) -> str:
+    """How training differs from that of an expert that answers alone."""
+    parts = []
+    if decouple.consistency:
+        parts.append(f"{decouple.consistency:g} times the squared distance from the initial weights' answer is part of the training loss")
+    if decouple.everywhere:
+        parts.append(f"{100 * decouple.everywhere:g} % of the training noise is drawn from all noise")
+    if decouple.projections:
+        parts.append("projections of channels, folded into the model's weights")
+    return "; ".join(parts)
 
 
 def _noise(noise: NoiseConfig) -> str:

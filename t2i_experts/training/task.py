@@ -12,8 +12,9 @@ from t2i_experts.cascade.codec import PIXEL, Codec, fits
 from t2i_experts.cascade.picture import from_uint8
 from t2i_experts.conditioning.conditioner import PromptTokenizer, TextConditioner, TextInput
 from t2i_experts.conditioning.frozen import to_device
-from t2i_experts.config import StageConfig
+from t2i_experts.config import DecoupleConfig, StageConfig
 from t2i_experts.diffusion.loss import EDMLoss
+from t2i_experts.experts.decouple import DecoupleLoss, ProbabilisticInterval
 from t2i_experts.experts.interval import NoiseInterval
 from t2i_experts.shards.order import PositionDraws, position_rng
 from t2i_experts.shards.reader import Sample, Unreadable
@@ -79,7 +80,11 @@ def text_inputs(
 
 
 class DiffusionTask:
-    """EDM's objective for a stage: noise drawn from its part of p(sigma), all encoders dropped independently (eDiff-I section 4.2)."""
+    """EDM's objective for a stage: noise drawn from its part of p(sigma), all encoders dropped independently (eDiff-I section 4.2).
+
+    interval, loss: the stage's noise and EDM's loss, those of validation. draws, objective: those of training, the same unless an expert
+    is trained to be merged (`DecoupleConfig`).
+    """
 
     def __init__(
         self,
@@ -90,8 +95,12 @@ class DiffusionTask:
         device: torch.device,
         bf16: bool = False,
         codec: Codec = PIXEL,
+        decouple: DecoupleConfig | None = None,
+        parent: Denoiser | None = None,
     ) -> None:
         """bf16: the denoiser (not encoders and codec, which have their own dtype) computes under bfloat16 autocast. codec: the stage's.
+        decouple: what training changes in draws and loss; validation has the stage's own noise and EDM's loss all the same. parent: frozen
+        and on the device, for `decouple.consistency`, which needs it.
 
         Raises ValueError for `stage.noise.quantiles` so close to each other that no float32 sigma lies between them.
         """
@@ -105,6 +114,12 @@ class DiffusionTask:
         self.interval = NoiseInterval.from_config(stage.noise)
         self.interval.ends(torch.float32)
         self.loss = EDMLoss(stage.noise.sigma_data)
+        decouple = decouple or DecoupleConfig()
+        self.draws = ProbabilisticInterval(self.interval, decouple.everywhere) if decouple.everywhere else self.interval
+        self.objective: EDMLoss | DecoupleLoss = self.loss
+        if decouple.consistency:
+            assert parent is not None, "a distance from the parent needs one"
+            self.objective = DecoupleLoss(parent, decouple.consistency, stage.noise.sigma_data)
 
     def collate(self) -> Collate:
         """How the loader makes batches."""
@@ -130,11 +145,11 @@ class DiffusionTask:
         generator = torch.Generator(self.device).manual_seed(seed)
         images = self.images(batch.images)
         conditioning = self.conditioner.encode(batch.tokens, images, batch.drops)
-        sigma = to_device(self.interval.from_uniform(batch.uniform, torch.float32), self.device)
+        sigma = to_device(self.draws.from_uniform(batch.uniform, torch.float32), self.device)
         latents = self.latents(images, generator)
         eps = torch.randn(latents.shape, generator=generator, device=self.device)
         with self.autocast():
-            return self.loss(denoiser, latents, sigma, eps, conditioning), sigma
+            return self.objective(denoiser, latents, sigma, eps, conditioning), sigma
 
     def autocast(self) -> torch.autocast:
         """The precision that the denoiser computes in; its weights stay float32."""

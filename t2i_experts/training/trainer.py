@@ -18,13 +18,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from t2i_experts.cascade.codec import load_codec
-from t2i_experts.cascade.model_folder import save_model
-from t2i_experts.cascade.stage import Stage, build_network
+from t2i_experts.cascade.stage import Stage
 from t2i_experts.conditioning.frozen import fingerprint
-from t2i_experts.config import RunConfig, to_plain, to_yaml
+from t2i_experts.config import DecoupleConfig, RunConfig, to_plain, to_yaml
 from t2i_experts.diffusion.compiling import compile_denoiser
-from t2i_experts.diffusion.precond import EDMPrecond
-from t2i_experts.experts.lowrank_training import plain_state, trained_difference
+from t2i_experts.experts.projections import add_projections
 from t2i_experts.shards.reader import ShardReader, Unreadable
 from t2i_experts.shards.stream import StreamReader, open_batches
 from t2i_experts.training.checkpoints import (
@@ -39,7 +37,7 @@ from t2i_experts.training.data import loader_workers, open_training_shards
 from t2i_experts.training.divergence import LossWatch, TrainingDiverged
 from t2i_experts.training.ema import build_ema
 from t2i_experts.training.embeddings import open_conditioner, stored_embeddings
-from t2i_experts.training.initial import at_rank, check_initial, read_initial
+from t2i_experts.training.initial import at_rank, check_initial, open_parent, read_initial
 from t2i_experts.training.optim import build_optimizer, learning_rate
 from t2i_experts.training.posthoc import drop_later_snapshots, write_snapshots
 from t2i_experts.training.power_ema import PowerFunctionEMA
@@ -51,6 +49,7 @@ from t2i_experts.training.stopping import StopRequest
 from t2i_experts.training.task import Batch, DiffusionTask
 from t2i_experts.training.trackers import open_trackers, refuse_missing_trackers
 from t2i_experts.training.tracking import RunLog, machine, peak_memory_gib
+from t2i_experts.training.trainable import Trainable, build_trainable, networks_of, save_trained
 from t2i_experts.training.uncertainty import LearnedWeighting
 from t2i_experts.training.unreadable import UnreadableSamples
 from t2i_experts.training.validation import ValidationLoss, validate
@@ -89,29 +88,34 @@ class Trainer:
         conditioner = open_conditioner(
             config, self.reader.embeddings, self.validation, device=self.device, main_process=self.accelerator.is_main_process
         )
-        bf16 = training.precision == "bf16"
-        self.task = DiffusionTask(config.stage, conditioner, seed=training.seed, device=self.device, bf16=bf16, codec=codec)
+        encoders = {name: conditioner.fingerprint(name) for name in conditioner.names}
+        weights = None if codec.model is None else fingerprint(codec.model)
         initial = None
         if newest is None:
             initial = read_initial(config)
             refuse_partial_preview(config)
+        self.parent = open_parent(config, newest, encoders, weights, self.device) if training.decouple.consistency else None
+        self.task = DiffusionTask(
+            config.stage, conditioner, seed=training.seed, device=self.device, bf16=training.precision == "bf16", codec=codec,
+            decouple=training.decouple, parent=self.parent,
+        )  # fmt: skip
 
         if self.accelerator.is_main_process:
             self._lock = lock_run(self.root)  # not before: a mistake in the config leaves no folder behind
         self.resumed_from = agreed_checkpoint(self.root)
         torch.manual_seed(training.seed)
         avoid_cudnn_attention()
-        network = build_network(config.stage, checkpointed_resolutions=training.gradient_checkpointing)
+        network = build_trainable(config)
         if initial is not None:
-            network.load_state_dict(initial.weights)
+            network.load_state_dict({**network.state_dict(), **initial.weights})
         at_rank(network, training)  # on a network that goes on from a checkpoint, too: this has the weights that it began with
-        self.network: EDMPrecond = network.to(self.device)
+        if training.decouple.projections:
+            add_projections(network, "branch")
+        self.network: Trainable = network.to(self.device)
         self.ema = build_ema(self.network, training.ema)
         self.optimizer = build_optimizer(self.network, training.optimizer)
         self.weighting = LearnedWeighting(training.optimizer, self.device) if training.uncertainty_weighting else None
-        encoders = {name: conditioner.fingerprint(name) for name in conditioner.names}
         dataset = self.reader.dataset_hash
-        weights = None if codec.model is None else fingerprint(codec.model)
         self.state = TrainState(
             self.network, self.ema, self.optimizer, 0, dataset, encoders, to_plain(config), self.weighting, codec=weights
         )
@@ -122,11 +126,14 @@ class Trainer:
         if self.resumed_from is not None:
             self.state.restore(self.resumed_from)
         if training.compile:
-            shapes = config.stage.buckets
+            shapes, networks = config.stage.buckets, networks_of(self.network)
             if shapes:  # one compilation for each, since kernels for any shape are slower; beyond the limit it would stop compiling
                 dynamo = torch._dynamo.config
-                dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(shapes))
-            compile_denoiser(self.network, training=True, dynamic=False if shapes else None)
+                dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * (len(networks) + (self.parent is not None)) * len(shapes))
+            for one in networks:
+                compile_denoiser(one, training=True, dynamic=False if shapes else None)
+            if self.parent is not None:
+                compile_denoiser(self.parent, training=False, dynamic=False if shapes else None)
         self.model: torch.nn.Module = self.accelerator.prepare_model(self.network)
         self.log = RunLog(
             self.root / "log.jsonl",
@@ -438,19 +445,14 @@ class Trainer:
             self._save_model("best")
 
     def _save_model(self, name: str) -> None:
-        """As an ordinary network; if it was trained at low rank, with the difference from the weights that the run began with."""
-        state, trained = self.ema.network.state_dict(), None
-        if self.config.training.rank:
-            assert self.state.initial is not None
-            trained = trained_difference(state, self.state.initial["fingerprint"])
-        save_model(
+        """As an ordinary network, and if it was trained at low rank, with the difference from the weights that the run began with."""
+        save_trained(
             self.root / name,
-            self.config.stage,
-            self.config.sampling,
-            plain_state(state),
+            self.config,
+            self.ema.network.state_dict(),
             self.task.conditioner,
             codec=self.task.codec,
-            trained=trained,
+            initial=None if self.state.initial is None else self.state.initial["fingerprint"],
             provenance={
                 "images_seen": self.state.images_seen,
                 "dataset_hash": self.state.dataset_hash,
@@ -458,6 +460,7 @@ class Trainer:
                 "codec": self.state.codec,
                 "initial": self.state.initial,
                 "ema": to_plain(self.config.training.ema),
+                **({"decouple": to_plain(decouple)} if (decouple := self.config.training.decouple) != DecoupleConfig() else {}),
             },
         )
 
