@@ -84,6 +84,7 @@ def generate(
     settings = pipeline_settings(pipeline, given)
     refuse_what_would_be_ignored(pipeline, settings, negative, style)
     read = [*dict.fromkeys([*texts, negative])]
+    warn_of_lone_expert(pipeline)
     warn_of_truncation(pipeline, read)
     warn_of_unknown_characters(pipeline, [text for text in read if text.strip()])
     make_folder(paths[0].parent)
@@ -210,12 +211,29 @@ def picture_shape(model: str | None, size: int | None, width: int | None, height
 
 def refuse_what_would_be_ignored(pipeline: CascadePipeline, settings: SamplingConfig, negative: str, style: Path | None) -> None:
     """Raises ValueError for an option that would not change the picture, or cannot."""
-    scales = {settings.guidance, *(one.guidance for one in settings.experts.values() if one.guidance is not None)}
+    from t2i_experts.diffusion.guidance import ScaleBySigma
+    from t2i_experts.experts.sampling import guidance_scale
+
+    scale = guidance_scale(settings, pipeline.base.leaves)  # of several experts: the common one may be nobody's
+    scales = set(scale.scales) if isinstance(scale, ScaleBySigma) else {scale}
     if negative.strip() and scales == {1}:
         raise ValueError(f"--negative={negative!r} has no effect with guidance 1; give --guidance another value, such as 4")
     if style is not None and all(encoder.reads != "image" for encoder in pipeline.model.conditioner.encoders.values()):
         raise ValueError(
             f"--style={style}: this model has no encoder of pictures; its encoders: {', '.join(pipeline.model.conditioner.names)}"
+        )
+
+
+def warn_of_lone_expert(pipeline: CascadePipeline) -> None:
+    """Says on stderr that a model is one expert of an ensemble, which has not been trained on most of what a picture needs."""
+    from t2i_experts.config.expert_rules import whole
+
+    quantiles = pipeline.base.config.noise.quantiles
+    if not pipeline.base.leaves and not whole(quantiles):
+        print(
+            f"warning: this model is an expert for a part of the noise, the quantiles {' to '.join(quantiles)}, and draws no picture "
+            "alone; `t2i-experts experts assemble` makes a model of it and the others",
+            file=sys.stderr,
         )
 
 

@@ -32,9 +32,11 @@ CPU = {"device": "cpu", "dtype": torch.float32}
 
 
 def experts_near(root: State) -> dict[str, dict[str, Tensor]]:
-    """Three networks that have moved a little from a root."""
+    """Three networks that have moved a little from a root; one layer of the first has not."""
     generator = torch.Generator().manual_seed(0)
-    return {name: {key: t + 0.1 * torch.randn(t.shape, generator=generator) for key, t in root.items()} for name in NAMES}
+    experts = {name: {key: t + 0.1 * torch.randn(t.shape, generator=generator) for key, t in root.items()} for name in NAMES}
+    experts[NAMES[0]]["network.conv_in.weight"] = root["network.conv_in.weight"].clone()
+    return experts
 
 
 def write(folder: Path, model_folder: Path, weights: Mapping[str, State | LowRankDifference], root: State, **more: object) -> Path:

@@ -126,8 +126,18 @@ def test_settings_of_experts_go_along_and_pictures_name_the_ensemble(root: Runs,
     ):
         found = json.loads(cli(*drawn, *options)[1])["sampling"]["experts"]
         assert found == (expected or {"E^2_3": {"guidance": 7.0, "steps": 2}, "E^2_0": {"guidance": 1.0, "steps": None}})
+    unguided = [word for leaf in ("E^2_0", "complement", "E^2_3") for word in ("--expert", f"{leaf}:guidance=1")]
+    assert cli(*drawn, *unguided, "--negative", "a green cube")[2].startswith("error: --negative='a green cube' has no effect")
+    assert cli(*drawn, *unguided[:4], "--negative", "a green cube")[0] == 0, "E^2_3 has 7"
     code, _, err = cli(*drawn, "--expert", "E^1_0:steps=2")
     assert (code, err) == (2, "error: --expert=E^1_0: this model has no such expert; its experts: E^2_0, complement, E^2_3\n")
+
+
+def test_who_draws_with_an_expert_alone_is_warned(runs: Runs, cli: CLI, tmp_path: Path) -> None:
+    drawn = ("generate", "a red cube", "--device", "cpu", "--out", tmp_path / "p.png", "--json", "--model")
+    code, _, err = cli(*drawn, runs.write("E^1_0", ["0", "1/2"], 32))
+    assert code == 0 and err.startswith("warning: this model is an expert for a part of the noise, the quantiles 0 to 1/2, and draws no ")
+    assert cli(*drawn, runs.write("root", [], 64))[2] == ""
 
 
 @pytest.mark.parametrize(
