@@ -37,3 +37,9 @@ def test_an_experts_previews_need_a_model_for_all_other_noise() -> None:
         load_config("tiny/base64", [part, remedy])
     with pytest.raises(ValueError, match=r"preview\.around='a' would be ignored"):
         load_config("tiny/base64", ["training.preview.around=a"])
+
+
+def test_projections_need_whole_matrices() -> None:
+    both = [PREVIEW, "training.initial=embedded", "training.rank=2", "training.decouple.projections=true"]
+    with pytest.raises(ValueError, match=r"training\.decouple\.projections=true .* training\.rank=2"):
+        load_config("tiny/base64", both)
