@@ -123,6 +123,7 @@ def refuse_unlike_parents(runs: Mapping[str, NodeRun]) -> None:
             continue
         with torch.device("meta"):
             own, weights = build_network(run.config.stage), build_network(parent.config.stage).state_dict()
+            weights = with_identities(weights, own)
         try:
             refuse_misfit(own, weights, "its own network")
         except ValueError as error:

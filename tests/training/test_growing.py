@@ -365,8 +365,8 @@ def test_a_network_that_its_parents_weights_do_not_fit_is_refused_before_anythin
     with pytest.raises(ValueError, match=r"the run of E\^2_0, by its overrides .*: the weights of E\^1_0: does not fit its own"):
         grown(changed)
     assert not started()
-    dropout = replace(stage, network=replace(stage.network, dropout=0.1))
-    same = {**runs, "E^2_0": replace(runs["E^2_0"], config=replace(runs["E^2_0"].config, stage=dropout))}
+    fine = replace(stage, network=replace(stage.network, dropout=0.1, projections=True))  # which begin as identities
+    same = {**runs, "E^2_0": replace(runs["E^2_0"], config=replace(runs["E^2_0"].config, stage=fine))}
     assert grown(same, only=["root"])[0].trained == ["root"]
 
 
