@@ -19,6 +19,7 @@ from t2i_experts.experts.runs import NodeRun, write_configs
 from t2i_experts.training.checkpoints import lock_owner
 from t2i_experts.training.claims import HeldClaim, take_claim
 from t2i_experts.training.elsewhere import Elsewhere
+from t2i_experts.training.initial import refuse_unlike_parents
 from t2i_experts.training.node_process import STOPPED, how_it_ended, start_process
 from t2i_experts.training.nodes import NodeStatus, State, claim_file, forget_failure, record_failure, tree_status
 
@@ -57,8 +58,10 @@ def grow(runs: Mapping[str, NodeRun], *, only: Sequence[str], slots: Sequence[Ma
     A node that is claimed elsewhere, and whose claim gives signs of life, is left to who claims it; what descends from it is waited for.
     SIGTERM and SIGINT stop all processes with a checkpoint, and a second SIGINT without.
 
-    Raises ValueError for a node whose parent is not trained and is trained by nobody, and for one whose run is of another noise.
+    Raises ValueError for a node whose parent is not trained and is trained by nobody, for one whose run is of another noise, and for one
+    whose network its parent's weights do not fit.
     """
+    refuse_unlike_parents(runs)
     statuses = tree_status(runs)
     _refuse_other_noise(statuses)
     _refuse_orphans(statuses, only)

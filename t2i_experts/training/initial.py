@@ -22,6 +22,7 @@ from t2i_experts.config import RunConfig, StageConfig, TrainingConfig
 from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.experts.lowrank_training import add_low_rank
 from t2i_experts.experts.projections import with_identities
+from t2i_experts.experts.runs import NodeRun
 from t2i_experts.training.checkpoints import read_facts
 
 
@@ -112,6 +113,21 @@ def _read_blended(config: RunConfig) -> InitialWeights:
     weights = {f"{side}.{name}": tensor for side, one in (("high", high), ("low", low)) for name, tensor in one.weights.items()}
     model, fingerprint = f"{blend.high} and {blend.low}", f"{high.fingerprint} {low.fingerprint}"
     return InitialWeights(weights, high.stage, model, fingerprint, {**high.provenance, "images_seen": None})
+
+
+def refuse_unlike_parents(runs: Mapping[str, NodeRun]) -> None:
+    """Raises ValueError for a node of a tree whose network could not begin with its parent's weights, before any is trained."""
+    for run in runs.values():
+        parent = runs.get(run.node.parent or "")
+        if parent is None or run.config.stage.network == parent.config.stage.network:
+            continue
+        with torch.device("meta"):
+            own, weights = build_network(run.config.stage), build_network(parent.config.stage).state_dict()
+            weights = with_identities(weights, own)
+        try:
+            refuse_misfit(own, weights, "its own network")
+        except ValueError as error:
+            raise ValueError(f"the run of {run.name}, by its overrides of stage.network: the weights of {parent.name}: {error}") from error
 
 
 def check_initial(config: RunConfig, checkpoint: Path) -> list[str]:

@@ -23,8 +23,8 @@ import pytest
 
 from t2i_experts.config import load_config
 from t2i_experts.experts.runs import NodeRun, node_runs
-from t2i_experts.training import growing, node_process
-from t2i_experts.training.checkpoints import checkpoints
+from t2i_experts.training import growing, node_process, nodes
+from t2i_experts.training.checkpoints import checkpoints, read_facts
 from t2i_experts.training.claims import HeldClaim, living_claim, take_claim
 from t2i_experts.training.growing import Growth, grow
 from t2i_experts.training.nodes import State, claim_file, record_failure, tree_status
@@ -78,6 +78,8 @@ while state["images_seen"] < images and not told:
     state["images_seen"] += 40
     state["model"] += f" {name}@{state['images_seen']}"
     write(output / "checkpoints" / f"{state['images_seen']:012d}", "state.json", state)
+    while name in os.environ.get("STUCK", "").split() and not told:
+        time.sleep(0.01)
 write(output / "model", "model_index.json", {"weights": state["model"], "provenance": {"images_seen": state["images_seen"]}})
 trace("end")
 """
@@ -112,10 +114,12 @@ def runs(elsewhere: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ru
     return {name: moved(run) for name, run in elsewhere.items()}
 
 
-def grown(runs: Runs, *, only: Sequence[str] = (), slots: Sequence[Mapping[str, str]] = ({},)) -> tuple[Growth, list[str]]:
-    """What came of it, and what was told."""
+def grown(
+    runs: Runs, *, only: Sequence[str] = (), slots: Sequence[Mapping[str, str]] = ({},), meanwhile: Callable[[], object] = lambda: None
+) -> tuple[Growth, list[str]]:
+    """What came of it, and what was told. meanwhile: called after each look that leaves something to wait for."""
     told: list[str] = []
-    return grow(runs, only=only or list(runs), slots=slots, tell=told.append, show=lambda nodes: None), told
+    return grow(runs, only=only or list(runs), slots=slots, tell=told.append, show=lambda nodes: meanwhile()), told
 
 
 def traced(kind: str = "begin") -> list[Any]:
@@ -245,10 +249,13 @@ def far_away(path: Path) -> None:
 
 def test_a_node_whose_claim_gives_no_sign_of_life_is_waited_for_and_taken_over(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a host was lost, when the same command runs on another one: it must not end with nothing done."""
-    monkeypatch.setattr("t2i_experts.training.claims.STALE_AFTER", 1.0)
     grown(runs, only=["root"])
     far_away(claim_file(runs["complement"]))
-    growth, told = grown(runs, only=["complement"])
+
+    def wait_long() -> None:
+        monkeypatch.setattr("t2i_experts.training.claims.STALE_AFTER", 0.0)
+
+    growth, told = grown(runs, only=["complement"], meanwhile=wait_long)
     assert growth.trained == ["complement"]
     assert "complement: left to process 1 on far, which is training it" in told
     assert "complement: taken over from a process that has ended" in told
@@ -258,10 +265,14 @@ def test_a_node_whose_claim_gives_a_sign_of_life_is_not_waited_for(runs: Runs) -
     grown(runs, only=["root"])
     path = claim_file(runs["complement"])
     far_away(path)
-    timer = threading.Timer(0.3, lambda: os.utime(path, ns=(0, path.stat().st_mtime_ns + 1000)))
-    timer.start()
-    growth, _ = grown(runs, only=["complement"])
-    assert growth == Growth() and timer.finished.is_set() and path.exists()
+    touched: list[int] = []
+
+    def touch() -> None:
+        touched.append(path.stat().st_mtime_ns + 1000)
+        os.utime(path, ns=(0, touched[-1]))
+
+    growth, _ = grown(runs, only=["complement"], meanwhile=touch)
+    assert growth == Growth() and touched and path.exists()
 
 
 def test_a_parent_that_was_finished_elsewhere_may_be_seen_late(runs: Runs) -> None:
@@ -271,9 +282,16 @@ def test_a_parent_that_was_finished_elsewhere_may_be_seen_late(runs: Runs) -> No
     (root / "checkpoints").rename(hidden)
     claim = take_claim(claim_file(runs["root"]))
     assert isinstance(claim, HeldClaim)
-    threading.Timer(0.3, claim.release).start()
-    threading.Timer(0.8, lambda: hidden.rename(root / "checkpoints")).start()
-    assert grown(runs, only=["E^1_0"])[0].trained == ["E^1_0"]
+    released: list[float] = []
+
+    def go_on() -> None:
+        if not released:
+            claim.release()
+            released.append(time.monotonic())
+        elif hidden.exists() and time.monotonic() - released[0] > 0.5:
+            hidden.rename(root / "checkpoints")
+
+    assert grown(runs, only=["E^1_0"], meanwhile=go_on)[0].trained == ["E^1_0"]
 
 
 def test_what_was_done_under_a_claim_is_seen_once_it_is_given_back(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,9 +317,26 @@ def test_a_parent_that_fails_elsewhere_counts_as_failed(runs: Runs) -> None:
         record_failure(runs["E^1_0"], "the disk was full")
         claim.release()
 
-    threading.Timer(0.3, fail).start()
-    growth, told = grown(runs, only=["E^2_0"])
+    growth, told = grown(runs, only=["E^2_0"], meanwhile=fail)
     assert growth == Growth(failed={"E^1_0": "the disk was full"}) and "E^1_0: failed elsewhere: the disk was full" in told
+
+
+def test_a_checkpoint_that_a_far_disk_does_not_show_yet_is_read_again(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    grown(runs, only=["root"])
+    failures = [ValueError("stale")] * 3
+
+    def read(folder: Path) -> dict[str, Any]:
+        if failures:
+            raise failures.pop()
+        return read_facts(folder)
+
+    monkeypatch.setattr(nodes, "read_facts", read)
+    monkeypatch.setattr(nodes, "_AGAIN_AFTER", 0.0)
+    assert tree_status(runs)["root"].state is State.TRAINED
+    newest = checkpoints(runs["root"].output)[-1]
+    (newest / "state.json").write_text("")
+    with pytest.raises(ValueError, match=f"cannot read the checkpoint {newest}"):
+        tree_status(runs)
 
 
 def test_a_node_that_was_trained_by_hand_after_its_failure_has_not_failed(runs: Runs) -> None:
@@ -323,6 +358,18 @@ def test_a_node_of_other_noise_than_the_plan_has_is_refused(runs: Runs) -> None:
         grown(runs)
 
 
+def test_a_network_that_its_parents_weights_do_not_fit_is_refused_before_anything_is_trained(runs: Runs) -> None:
+    stage = runs["E^2_0"].config.stage
+    narrow = replace(stage, network=replace(stage.network, context_channels=32))
+    changed = {**runs, "E^2_0": replace(runs["E^2_0"], config=replace(runs["E^2_0"].config, stage=narrow))}
+    with pytest.raises(ValueError, match=r"the run of E\^2_0, by its overrides .*: the weights of E\^1_0: does not fit its own"):
+        grown(changed)
+    assert not started()
+    fine = replace(stage, network=replace(stage.network, dropout=0.1, projections=True))  # which begin as identities
+    same = {**runs, "E^2_0": replace(runs["E^2_0"], config=replace(runs["E^2_0"].config, stage=fine))}
+    assert grown(same, only=["root"])[0].trained == ["root"]
+
+
 def test_two_at_once_never_train_a_node_twice(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two growers, which take turns."""
     monkeypatch.setattr(growing, "_LOOK_EVERY", 0.0)
@@ -339,7 +386,7 @@ def test_two_at_once_never_train_a_node_twice(runs: Runs, monkeypatch: pytest.Mo
 
 
 def test_sigterm_stops_all_with_a_checkpoint_and_the_same_command_goes_on(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STEP", "0.1")
+    monkeypatch.setenv("STUCK", "root")
 
     def told_to_stop() -> None:
         soon(lambda: checkpoints(runs["root"].output))
@@ -353,12 +400,12 @@ def test_sigterm_stops_all_with_a_checkpoint_and_the_same_command_goes_on(runs: 
     status = tree_status(runs)["root"]
     assert status.state is State.PROGRESS and 0 < status.images_seen < 320 and status.claim is None
     assert f"root: stopped at {status.images_seen} of 320 images; the same command goes on" in told
-    monkeypatch.setenv("STEP", "0")
+    monkeypatch.delenv("STUCK")
     assert grown(runs)[0].trained == ORDER and weights(runs) == expected()
 
 
 def test_a_child_that_is_killed_has_failed_and_its_siblings_go_on(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STEP", "0.05")
+    monkeypatch.setenv("STUCK", "E^1_0")
     grown(runs, only=["root"])
 
     def kill() -> None:
@@ -369,6 +416,7 @@ def test_a_child_that_is_killed_has_failed_and_its_siblings_go_on(runs: Runs, mo
     thread.start()
     growth, _ = grown(runs, slots=[{}, {}])
     thread.join()
+    monkeypatch.delenv("STUCK")
     assert growth.failed == {"E^1_0": "killed by SIGKILL"} and sorted(growth.trained) == ["E^1_1", "E^2_3", "complement"]
     assert grown(runs)[0].trained == ["E^1_0", "E^2_0"] and weights(runs) == expected()
 
@@ -393,13 +441,13 @@ def grower(runs: Runs) -> subprocess.Popen[bytes]:
 
 
 def test_killed_itself_it_leaves_no_process_behind_and_the_same_command_goes_on(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STEP", "0.3")
+    monkeypatch.setenv("STUCK", "root")
     process = grower(runs)
     soon(lambda: checkpoints(runs["root"].output))
     assert tree_status(runs)["root"].claim == living_claim(claim_file(runs["root"])) is not None
     process.kill()
     process.wait()
-    monkeypatch.setenv("STEP", "0.001")
+    monkeypatch.delenv("STUCK")
     growth, told = grown(runs)  # at once: the child may still be writing its checkpoint
     assert "root: taken over from a process that has ended" in told and not any("left to" in line for line in told), told
     assert growth.trained == ORDER and weights(runs) == expected(), told
