@@ -25,9 +25,8 @@ from t2i_experts.experts.cover import Covered, cover
 from t2i_experts.experts.interval import NoiseInterval
 from t2i_experts.experts.lowrank import LowRankDifference
 from t2i_experts.experts.plan import Node, TreePlan
+from t2i_experts.experts.runs import nodes_folder
 
-NODES = "nodes"
-"""In a root's run, the folder of the nodes' runs."""
 ENSEMBLE = "ensemble"
 """In a root's run, the model folder that is assembled."""
 
@@ -140,7 +139,7 @@ def _find(plan: TreePlan, output: Path, early: bool) -> tuple[dict[str, TrainedN
     found: dict[str, TrainedNode] = {}
     missing: dict[str, str] = {}
     for node in plan.nodes:
-        folder = (output if node.parent is None else output / NODES / node.name) / "model"
+        folder = (output if node.parent is None else nodes_folder(output) / node.name) / "model"
         if not (folder / INDEX).is_file():
             missing[node.name] = f"no model in {folder}"
             continue

@@ -19,11 +19,12 @@ from torch import Tensor
 from t2i_experts.cascade.expert_folders import CONFIG, ExpertState, load_named_expert, save_expert
 from t2i_experts.cascade.expert_weights import RootWeights
 from t2i_experts.cascade.files import naming, read_json
-from t2i_experts.cascade.weights import digest, read_weights, refuse_misfit, write_weights
+from t2i_experts.cascade.weights import read_weights, refuse_misfit, write_weights
 from t2i_experts.config import RatioConfig, StageConfig, check_ratio, from_plain, to_plain
 from t2i_experts.diffusion.noise import LogNormalSigma
 from t2i_experts.experts.blend import RatioBlend
 from t2i_experts.experts.ratio import LearnedRatio, build_ratio
+from t2i_experts.experts.states import digest
 
 BLEND = "blend"
 """The key in a stage's config.json."""

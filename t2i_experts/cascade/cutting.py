@@ -16,10 +16,10 @@ import torch
 from t2i_experts.cascade.expert_folders import ExpertState
 from t2i_experts.cascade.expert_weights import LOW_RANK
 from t2i_experts.cascade.files import naming
-from t2i_experts.cascade.weights import cast, digest
+from t2i_experts.cascade.weights import cast
 from t2i_experts.experts.lowrank import Decomposition, LowRankDifference, relative_error, restore, within_together
 from t2i_experts.experts.lowrank_file import load_difference
-from t2i_experts.experts.states import State, count_bytes, fingerprint
+from t2i_experts.experts.states import State, count_bytes, digest, fingerprint
 
 
 @dataclass(frozen=True)

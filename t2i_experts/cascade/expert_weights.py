@@ -19,12 +19,12 @@ from torch import Tensor
 
 from t2i_experts.cascade.files import naming
 from t2i_experts.cascade.stage import build_network
-from t2i_experts.cascade.weights import WEIGHTS, digest, load_network, read_about, read_weights, refuse_misfit, stored_bytes, write_weights
+from t2i_experts.cascade.weights import WEIGHTS, load_network, read_about, read_weights, refuse_misfit, stored_bytes, write_weights
 from t2i_experts.config import StageConfig
 from t2i_experts.diffusion.precond import EDMPrecond
 from t2i_experts.experts.lowrank import LowRankDifference, refuse_other_root
 from t2i_experts.experts.lowrank_file import load_difference, save_difference, stored_tensors
-from t2i_experts.experts.states import State
+from t2i_experts.experts.states import State, digest
 
 LOW_RANK = "low_rank.safetensors"
 """The file in the folder of an expert that is stored as a difference."""
@@ -43,7 +43,7 @@ class RootWeights:
 
     @cached_property
     def digest(self) -> str:
-        """See `weights.digest`; its first 16 digits are the fingerprint that a difference knows."""
+        """See `states.digest`; its first 16 digits are the fingerprint that a difference knows."""
         return digest(self.state)
 
 

@@ -40,7 +40,7 @@ from t2i_experts.cascade.expert_weights import LOW_RANK
 from t2i_experts.cascade.files import naming, read_json, write_json
 from t2i_experts.cascade.new_folder import new_folder
 from t2i_experts.cascade.stage import Stage
-from t2i_experts.cascade.weights import WEIGHTS, digest, load_network, read_weights, stored_bytes, write_weights
+from t2i_experts.cascade.weights import WEIGHTS, load_network, read_weights, stored_bytes, write_weights
 from t2i_experts.conditioning.conditioner import TextConditioner
 from t2i_experts.conditioning.frozen import copy_file
 from t2i_experts.config import (
@@ -58,7 +58,7 @@ from t2i_experts.config.rules import CODEC_FOLDER
 from t2i_experts.experts.lowrank import LowRankDifference
 from t2i_experts.experts.lowrank_file import save_difference
 from t2i_experts.experts.sampling import check_leaves
-from t2i_experts.experts.states import State
+from t2i_experts.experts.states import State, fingerprint
 from t2i_experts.types import Denoiser
 
 INDEX = "model_index.json"
@@ -315,7 +315,7 @@ def read_network(folder: Path) -> tuple[StageConfig, dict[str, Tensor], str]:
     if read_ratio(folder / config.name):
         raise ValueError(f"{folder} is a blend of two experts; name a model of one network")
     weights = read_weights(folder / config.name / WEIGHTS)
-    return config, weights, digest(weights)[:16]
+    return config, weights, fingerprint(weights)
 
 
 def read_denoiser(folder: Path, device: torch.device | str) -> Denoiser:

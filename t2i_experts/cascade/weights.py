@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from t2i_experts.cascade.files import naming
 from t2i_experts.cascade.stage import build_network
 from t2i_experts.config import StageConfig
 from t2i_experts.diffusion.precond import EDMPrecond
+from t2i_experts.experts.states import digest
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 """The file in a network's folder; its config.json lies beside it."""
@@ -98,12 +98,3 @@ def refuse_misfit(network: torch.nn.Module, weights: Mapping[str, Tensor], whose
         in_file, in_network = (shapes.get(wrong[0], "missing") for shapes in (given, own))
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise ValueError(f"does not fit {whose}: {wrong[0]} is {in_file} in the file and {in_network} in the network{more}")
-
-
-def digest(weights: Mapping[str, Tensor]) -> str:
-    """sha256 (hex) over names, types, shapes and bytes of tensors; its first 16 digits are the fingerprint of one network."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()

@@ -30,10 +30,15 @@ def count_bytes(state: State) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 
-def fingerprint(state: State) -> str:
-    """16 hex digits of the sha256 over names, types, shapes and bytes, whatever the order of the names."""
-    digest = hashlib.sha256()
+def digest(state: State) -> str:
+    """sha256 (hex) over names, types, shapes and bytes, whatever the order of the names."""
+    found = hashlib.sha256()
     for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def fingerprint(state: State) -> str:
+    """The first 16 digits of the digest, by which the weights of one network are known."""
+    return digest(state)[:16]

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from t2i_experts import __version__
 from t2i_experts.cascade.new_folder import flush
-from t2i_experts.cascade.weights import digest, refuse_misfit
+from t2i_experts.cascade.weights import refuse_misfit
+from t2i_experts.experts.states import fingerprint
 from t2i_experts.training.checkpoints import Validation, best_checkpoint, checkpoints, read_facts, remove_checkpoint
 from t2i_experts.training.ema import WeightAverage
 from t2i_experts.training.trainable import ordinary_state
@@ -87,7 +88,7 @@ class TrainState:
             "encoders": dict(self.encoders),
             "codec": self.codec,
             "initial": self.initial,
-            "model": digest(ordinary_state(self.ema.network.state_dict()))[:16],
+            "model": fingerprint(ordinary_state(self.ema.network.state_dict())),
             "config": self.config,
             "versions": {"t2i_experts": __version__, "torch": torch.__version__},
         }
