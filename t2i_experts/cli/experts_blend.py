@@ -20,8 +20,8 @@ def blend(
     ratio: Annotated[str, typer.Option(help="linear, sigmoid or learned: how much the high-noise expert says, by the noise.")] = "sigmoid",
     k: Annotated[float | None, typer.Option(help="Steepness of the sigmoid, at which a learned ratio begins; default: 20.")] = None,
     u0: Annotated[str | None, typer.Option(help="Quantile of the noise that both share evenly; default: 1/2.")] = None,
-    high: Annotated[str | None, typer.Option(metavar="LEAF", help="The expert for high noise; default: of two leaves.")] = None,
-    low: Annotated[str | None, typer.Option(metavar="LEAF", help="The expert for low noise; default: of two leaves.")] = None,
+    high: Annotated[str | None, typer.Option("--high", metavar="LEAF", help="The expert for high noise; default: of two leaves.")] = None,
+    low: Annotated[str | None, typer.Option("--low", metavar="LEAF", help="The expert for low noise; default: of two leaves.")] = None,
     images: Annotated[
         int | None, typer.Option(help="Train both experts and a learned ratio together, on so many images; default: as they are.")
     ] = None,

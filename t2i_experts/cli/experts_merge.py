@@ -24,7 +24,7 @@ def merge(
     overrides: Overrides = None,
     weights: Annotated[
         list[str] | None,
-        typer.Option(metavar="LEAF=W", help="How much of a leaf's difference from the root is taken; 0 of those not named."),
+        typer.Option("--weights", metavar="LEAF=W", help="How much of a leaf's difference from the root is taken; 0 of those not named."),
     ] = None,
     search: Annotated[bool, typer.Option("--search", help="Search for the weights by the loss on the validation shards.")] = False,
     images: Annotated[
