@@ -65,7 +65,7 @@ def test_configs_are_shipped_names_and_yaml_files(complete: Complete) -> None:
     assert complete("config", "show", "m") == ["mine.yaml"]
     assert complete("config", "diff", "mine.yaml", "tiny/") == ["tiny/base64", "tiny/experts", "tiny/photos", "tiny/own.yaml"]
     assert complete("config", "copy", "mi") == [], "which the shell takes for files"
-    assert complete("shards", "stats", "data", "--config", "e") == ["ediffi/base64", "ediffi/experts", "emoji/base64"]
+    assert complete("shards", "stats", "data", "--config", "e") == ["ediffi/base64", "ediffi/experts", "emoji/base64", "emoji/experts"]
     assert complete("train", "nothing/") == []
 
 
