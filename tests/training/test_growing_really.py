@@ -1,4 +1,7 @@
-"""A tree of real runs, killed in every node, and the same tree that nobody has disturbed."""
+"""A tree of real runs, killed in its root and in a child, and the same tree that nobody has disturbed.
+
+Kills in every node at random moments are in test_growing.py, with stand-ins for the processes that train.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ def children(process: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
-def test_a_tree_that_is_killed_in_any_node_ends_in_the_same_bits(write_config: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_tree_that_is_killed_ends_in_the_same_bits(write_config: Callable[[str], Path], tmp_path: Path) -> None:
     undisturbed = node_runs(load_config(write_config("undisturbed"), TREE))
     write_configs(undisturbed)
     for run in undisturbed.values():  # by hand, from the files that anyone may train from
@@ -56,7 +59,8 @@ def test_a_tree_that_is_killed_in_any_node_ends_in_the_same_bits(write_config: C
     path, log = write_config("killed"), tmp_path / "log"
     runs: Mapping[str, NodeRun] = node_runs(load_config(path, TREE))
     generator = random.Random(1)
-    for name, run in runs.items():
+    for name in ("root", generator.choice(["E^1_0", "E^1_1"])):
+        run = runs[name]
         process = command(path, log)
         while not checkpoints(run.output):
             assert process.poll() is None, log.read_text()
