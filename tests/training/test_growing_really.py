@@ -1,6 +1,6 @@
 """A tree of real runs, killed in its root and in a child, and the same tree that nobody has disturbed.
 
-Kills in every node at random moments are in test_growing.py, with stand-ins for the processes that train.
+Kills at random moments, of three that train one tree together, are in test_growing.py, with stand-ins for the processes that train.
 """
 
 from __future__ import annotations
