@@ -15,7 +15,7 @@ from t2i_experts.cascade.files import naming
 from t2i_experts.cascade.stage import build_network
 from t2i_experts.config import StageConfig
 from t2i_experts.diffusion.precond import EDMPrecond
-from t2i_experts.experts.states import digest
+from t2i_experts.experts.states import digest, misfit
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 """The file in a network's folder; its config.json lies beside it."""
@@ -91,10 +91,6 @@ def load_network(
 
 def refuse_misfit(network: torch.nn.Module, weights: Mapping[str, Tensor], whose: str) -> None:
     """Raises ValueError that names the first tensor of a state that a network lacks, has beyond it, or has in another shape."""
-    own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    wrong = [name for name in {**own, **given} if own.get(name) != given.get(name)]
-    if wrong:
-        in_file, in_network = (shapes.get(wrong[0], "missing") for shapes in (given, own))
-        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise ValueError(f"does not fit {whose}: {wrong[0]} is {in_file} in the file and {in_network} in the network{more}")
+    if found := misfit(network.state_dict(), weights):
+        name, in_network, in_file, more = found
+        raise ValueError(f"does not fit {whose}: {name} is {in_file} in the file and {in_network} in the network{more}")

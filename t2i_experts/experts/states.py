@@ -17,12 +17,20 @@ def refuse_misfit(root: State, other: State, whose: str) -> None:
 
     whose: what the other state is called, "expert 2".
     """
-    shapes, others = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (root, other))
+    if found := misfit(root, other):
+        name, in_root, there, more = found
+        raise ValueError(f"{whose} does not fit the root: {name} is {there} there and {in_root} in the root{more}")
+
+
+def misfit(first: State, second: State) -> tuple[str, str, str, str] | None:
+    """The first tensor that only one of two states has, or that they have in different shapes: its name, what the first and what the
+    second has, and in words how many more there are; None if the states fit."""
+    shapes, others = ({name: str(tuple(tensor.shape)) for name, tensor in state.items()} for state in (first, second))
     wrong = [name for name in {**shapes, **others} if shapes.get(name) != others.get(name)]
-    if wrong:
-        here, there = (found.get(wrong[0], "missing") for found in (others, shapes))
-        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise ValueError(f"{whose} does not fit the root: {wrong[0]} is {here} there and {there} in the root{more}")
+    if not wrong:
+        return None
+    more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    return wrong[0], shapes.get(wrong[0], "missing"), others.get(wrong[0], "missing"), more
 
 
 def count_bytes(state: State) -> int:
